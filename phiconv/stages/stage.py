@@ -1,0 +1,246 @@
+"""What a stage is, and what the engine hands to one.
+
+A stage is an instance of a small class with the attributes and methods of `Stage`. Its module
+imports only the standard library, pydantic, `phiconv.errors` and this module at the top level, so
+that `phiconv plan` and `phiconv schema` stay fast; everything heavy is imported inside `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from phiconv.checkpoint import Checkpoint, ModelConfig
+    from phiconv.errors import PhiconvError
+
+JSON: TypeAlias = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
+
+ONNX_GRAPH = "onnx-graph"
+"""A lazy ONNX model: graph.onnx, weights.json, genai/ (a few hundred KB)."""
+ONNX = "onnx"
+"""What ships: model.onnx, model.onnx.data, genai_config.json, tokenizer files."""
+REFERENCE = "reference"
+"""The Hugging Face fp32 reference over one token set."""
+MEASUREMENT = "measurement"
+"""measurement.json: the metrics of one artifact against its reference."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished, read-only artifact of the workspace.
+
+    Attributes:
+        id: The id of the step that made it (unique in the recipe).
+        kind: What the folder holds, such as `ONNX`.
+        key: The step's cache key, 64 hexadecimal digits.
+        path: The folder.
+    """
+
+    id: str
+    kind: str
+    key: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class InputRef:
+    """An input as it is known at plan time: `path` exists only when the input is a cache hit."""
+
+    id: str
+    kind: str
+    key: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something a stage needs of the machine.
+
+    Attributes:
+        kind: `provider` for an ONNX Runtime execution provider, `module` for an importable
+            Python module.
+        name: Such as `CUDAExecutionProvider` or `onnxruntime_genai`.
+        optional: True when the stage has a declared way to go on without it (a validation with
+            `when_missing: fallback-cpu`); the plan shows it, the build goes on. A missing
+            requirement that is not optional ends the build with exit code 5 before any work.
+        remedy: What the user can do about it.
+    """
+
+    kind: Literal["provider", "module"]
+    name: str
+    optional: bool = False
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is expected to need: bytes of its artifact on disk and peak RAM in bytes."""
+
+    disk_bytes: int = 0
+    ram_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Prerequisite:
+    """A step a stage wants the plan to add: `uses` applied to the checkpoint with `params`.
+
+    Its artifact is appended to `StageContext.inputs` after those of `from`. Two stages that ask
+    for the same one (equal key) share it.
+    """
+
+    id: str
+    uses: str
+    params: Mapping[str, JSON]
+
+
+class Progress(Protocol):
+    """Where a stage reports how far it is; every call is thread-safe."""
+
+    def start(self, total: int | None, unit: str = "bytes") -> None:
+        """Begins a phase of `total` units (None when unknown), such as bytes or tokens."""
+
+    def advance(self, amount: int, what: str | None = None) -> None:
+        """Adds `amount` units done; `what` names the tensor or item in hand."""
+
+    def note(self, text: str) -> None:
+        """Says one line to the user that is worth reading now."""
+
+
+class SilentProgress:
+    """A `Progress` that says nothing."""
+
+    def start(self, total: int | None, unit: str = "bytes") -> None:
+        pass
+
+    def advance(self, amount: int, what: str | None = None) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What `Stage.run` gets.
+
+    Attributes:
+        out: An empty temporary folder: the artifact is written here and published atomically by
+            the engine afterwards.
+        inputs: The input artifacts in the order of `from`, then those of prerequisites.
+        checkpoint: The opened source checkpoint.
+        threads: How many threads the stage may use; never shapes the output bytes.
+        progress: Where to report progress.
+        digests: sha256 (hexadecimal) by path relative to `out`, of files whose digest the stage
+            came to know while it wrote them; see `record_digest`.
+    """
+
+    out: Path
+    inputs: Sequence[Artifact]
+    checkpoint: Checkpoint
+    threads: int = 1
+    progress: Progress = field(default_factory=SilentProgress)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def record_digest(self, relative_path: str, sha256: str) -> None:
+        """Hands over the sha256 of a file written to `out`, so that it is not read again.
+
+        Raises:
+            ValueError: The path is absolute or leaves `out`, or the digest is not 64 lower-case
+                hexadecimal digits.
+        """
+        path = PurePosixPath(relative_path)
+        if path.is_absolute() or ".." in path.parts or "\\" in relative_path:
+            raise ValueError(f"not a path inside the artifact: {relative_path!r}")
+        if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
+            raise ValueError(f"not a sha256 in hexadecimal: {sha256!r}")
+        self.digests[path.as_posix()] = sha256
+
+    def input(self, kind: str) -> Artifact:
+        """Returns the one input of `kind`.
+
+        Raises:
+            ValueError: There is none, or there are several.
+        """
+        found = [artifact for artifact in self.inputs if artifact.kind == kind]
+        if len(found) != 1:
+            kinds = ", ".join(artifact.kind for artifact in self.inputs) or "none"
+            raise ValueError(f"wanted one input of kind {kind!r}, the inputs are: {kinds}")
+        return found[0]
+
+
+class Stage(Protocol):
+    """One operation of a recipe: maps input artifacts (or the checkpoint) to an artifact.
+
+    Attributes:
+        name: What a recipe writes after `uses`.
+        version: Bumped whenever the output bytes change for equal inputs and parameters.
+        params: The pydantic model of `with`: `extra="forbid"`, frozen. Its field descriptions are
+            the documentation and the JSON schema. Values that name a file are resolved against
+            `info.context["folder"]` (the recipe's folder) in a validator.
+        accepts: Kinds of the inputs it takes, empty when it reads the checkpoint itself. An
+            `onnx-graph` given to a stage that accepts `onnx` is written first (a step
+            `<id>.onnx` that the plan adds).
+        produces: The kind of its artifact.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def params(self) -> type[BaseModel]: ...
+    @property
+    def accepts(self) -> tuple[str, ...]: ...
+    @property
+    def produces(self) -> str: ...
+
+    def tools(self) -> tuple[str, ...]:
+        """Names of the distributions whose versions shape the output bytes."""
+        ...
+
+    def check(self, params: Any, config: ModelConfig) -> list[PhiconvError]:
+        """Finds what cannot work, at plan time and without a heavy import; [] when all is well."""
+        ...
+
+    def key_params(self, params: Any) -> dict[str, JSON]:
+        """The parameters that shape the output; files by digest, never by path."""
+        ...
+
+    def requires(self, params: Any) -> tuple[Requirement, ...]:
+        """What the machine must have."""
+        ...
+
+    def run(self, params: Any, ctx: StageContext) -> dict[str, JSON]:
+        """Writes the artifact to `ctx.out`.
+
+        Returns:
+            Facts for the artifact's manifest (tensor counts, bytes); deterministic.
+
+        Raises:
+            StageError: The artifact could not be made; nothing is cached.
+            EnvironmentLacksError: The machine lacks something.
+        """
+        ...
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """A stage that can say at plan time what it will need."""
+
+    def estimate(self, params: Any, config: ModelConfig, inputs: Sequence[InputRef]) -> Estimate:
+        """The expected size of the artifact and the peak RAM of `run`, in bytes."""
+        ...
+
+
+@runtime_checkable
+class Prerequisites(Protocol):
+    """A stage that needs another stage's artifact which the recipe does not spell out."""
+
+    def prerequisites(self, params: Any) -> tuple[Prerequisite, ...]:
+        """The steps to add before this one, such as the reference of a validation."""
+        ...
