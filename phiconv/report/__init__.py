@@ -1,0 +1,1 @@
+"""Typed results of a build and the reports made of them."""

@@ -1,0 +1,277 @@
+"""What a build found out, as plain frozen data: the input of every report and of `compare`.
+
+`run.py` fills a `RunResult`; the modules beside this one turn it into report.json, report.md,
+junit.xml and report.html. Nothing here computes, reads a file or imports another part of phiconv.
+
+Units are in the names: `_s` seconds, `_bytes` bytes; KL divergences are in nats. Digests carry
+their algorithm (`sha256:…`, `blake3:…`). A float that is not finite is stored as None, so that the
+JSON forms are valid JSON everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["passed", "failed", "not_run", "ungated"]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the shipped artifact, its path relative to the artifact's folder (POSIX)."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """The source checkpoint: `revision` is the Hub commit; `files` maps a name to its digest."""
+
+    source: str
+    digest: str
+    revision: str | None = None
+    architecture: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenSetRecord:
+    """The texts a measurement was made on: `windows` windows of `window_length` tokens."""
+
+    name: str
+    windows: int
+    window_length: int
+    text_digest: str
+    ids_digest: str
+    sources: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        digest = self.ids_digest.removeprefix("sha256:")[:12]
+        return f"{self.name} {self.windows}x{self.window_length} ({digest})"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where and how the candidate's logits were computed.
+
+    Attributes:
+        runtime: Name in `phiconv.runtimes.RUNTIMES`, for example `onnxruntime`.
+        runtime_version: Version of that runtime.
+        target_provider: Execution provider the recipe asked for.
+        provider: Execution provider that was used; None when nothing ran.
+        device: Device name as the runtime or operating system gives it.
+        driver: Driver version, where there is one.
+        threads: Intra-op threads; None leaves the runtime's default.
+        options: Session and provider options that were set.
+        placement: Execution provider -> operator type -> number of nodes, from the runtime's own
+            record after graph optimisation.
+    """
+
+    runtime: str
+    runtime_version: str
+    target_provider: str
+    provider: str | None
+    device: str = ""
+    driver: str | None = None
+    threads: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    placement: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """Where it ran, in the verdict's own words (design.md, idea 4)."""
+        if self.provider is None:
+            return f"not run, target {self.target_provider} not present"
+        if self.provider == self.target_provider:
+            return f"on {self.provider}"
+        return f"on {self.provider}, target {self.target_provider} not present"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of positive values in logarithmic bins.
+
+    `counts[i]` values lie in [10**edges[i], 10**edges[i + 1]); values below the first edge count in
+    the first bin, values above the last edge in the last.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PositionError:
+    """KL divergence by position in the window, averaged over windows and over bins of positions.
+
+    Bin i covers the positions [starts[i], starts[i + 1]), the last one up to the window's end.
+    """
+
+    starts: tuple[int, ...]
+    mean: tuple[float | None, ...]
+    p90: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One artifact measured against the reference on one token set by one runtime.
+
+    Attributes:
+        status: `measured`, or `not_run` when the provider is missing and the recipe says `skip`.
+        metrics: Metric name (a key of `phiconv.metrics.METRICS`) -> value; empty when not run.
+        kl_histogram: Distribution of the KL divergence over all positions.
+        kl_by_position: The same along the window.
+        wall_s: Seconds of the runtime's forward passes and of the comparison, by part.
+    """
+
+    status: Literal["measured", "not_run"]
+    tokens: TokenSetRecord
+    provenance: Provenance
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    kl_histogram: Histogram | None = None
+    kl_by_position: PositionError | None = None
+    wall_s: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate judged: `bound` says whether `limit` is the least or the greatest value allowed."""
+
+    metric: str
+    bound: Literal["min", "max"]
+    limit: float
+    measured: float | None
+    passed: bool
+    provider: str
+    tokens: str
+
+    def __str__(self) -> str:
+        measured = "not finite" if self.measured is None else f"{self.measured:.6g}"
+        verb = "passed" if self.passed else "failed"
+        return (
+            f"{verb}: {self.metric} measured {measured}, limit {self.bound} {self.limit:.6g}, "
+            f"provider {self.provider}, tokens {self.tokens}"
+        )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validate stage: what it measured and how the recipe's gates judge that.
+
+    `gates` is what `phiconv.gates.judge` returns: empty when the recipe sets none or nothing ran.
+    """
+
+    stage: str
+    artifact: str
+    measurement: Measurement
+    gates: tuple[GateResult, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """`not_run` never counts as passed; a measurement without gates is `ungated`."""
+        if self.measurement.status == "not_run":
+            return "not_run"
+        if not self.gates:
+            return "ungated"
+        return "passed" if all(gate.passed for gate in self.gates) else "failed"
+
+    @property
+    def verdict(self) -> str:
+        """One line: `passed on CPUExecutionProvider, target DmlExecutionProvider not present`."""
+        where = self.measurement.provenance.where
+        if self.status == "not_run":
+            return where
+        return f"{'measured' if self.status == 'ungated' else self.status} {where}"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One executed (or cached) stage.
+
+    Attributes:
+        id: Stage id in the recipe, or the id of an implicit stage.
+        uses: Stage name, a key of `phiconv.stages.STAGES`.
+        kind: Kind of artifact it made.
+        key: Its cache key.
+        cached: True when the artifact was already in the workspace.
+        wall_s, cpu_s, peak_rss_bytes: Cost; None for a cache hit.
+        size_bytes: Size of the artifact in the workspace.
+        facts: What the stage noted about its artifact (flat, JSON values as text or numbers).
+    """
+
+    id: str
+    uses: str
+    kind: str
+    key: str
+    cached: bool
+    wall_s: float | None = None
+    cpu_s: float | None = None
+    peak_rss_bytes: int | None = None
+    size_bytes: int | None = None
+    facts: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorKindRecord:
+    """How one kind of weights is stored: `kind` such as `attention`, `mlp`, `lm_head`, `norm`.
+
+    `format` is for people (`int4 block 32`, `f16`); `bits` is 8 * size_bytes / parameters, scales
+    and zero points included.
+    """
+
+    kind: str
+    format: str
+    parameters: int
+    size_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Mean bits a parameter."""
+        return 8 * self.size_bytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything one build found out; the reports need nothing else.
+
+    Attributes:
+        recipe: The recipe's name.
+        recipe_digest: sha256 of the resolved recipe's canonical JSON.
+        created: UTC time in ISO 8601, seconds.
+        checkpoint: The source model.
+        stages: In the order of execution, implicit ones included.
+        artifact_key: Cache key of the shipped artifact.
+        files: The shipped artifact's files.
+        tensor_kinds: How the shipped weights are stored, when the writer says so.
+        validations: One a validate stage, in the recipe's order.
+        tools: Distribution name -> version, of everything that shaped bytes or figures.
+        machine: For people: operating system, processor, memory.
+        release_path: Where the recipe ships its artifact, if it says.
+    """
+
+    recipe: str
+    recipe_digest: str
+    created: str
+    checkpoint: CheckpointRecord
+    stages: tuple[StageRecord, ...]
+    artifact_key: str
+    files: tuple[FileRecord, ...] = ()
+    tensor_kinds: tuple[TensorKindRecord, ...] = ()
+    validations: tuple[Validation, ...] = ()
+    tools: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    release_path: str | None = None
+
+    @property
+    def status(self) -> Status:
+        """`failed` if any validation failed, else `not_run` if any did not run, and so on."""
+        found = {validation.status for validation in self.validations}
+        order: tuple[Status, ...] = ("failed", "not_run", "passed")
+        return next((status for status in order if status in found), "ungated")
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the shipped artifact."""
+        return sum(file.size_bytes for file in self.files)
