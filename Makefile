@@ -1,0 +1,39 @@
+# Each target does its own set-up in .venv; nothing needs to be installed by hand but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?= cpu
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(EXTRA)
+
+.PHONY: demo test test-slow check docs bench clean
+
+# torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages on Linux.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]"
+	touch $@
+
+demo: $(READY)  ## Build a validated int4 artifact from the bundled checkpoint.
+	HF_HUB_OFFLINE=1 $(BIN)/phiconv build recipes/int4-cpu.yaml --model examples/tiny-phi3
+
+test: $(READY)  ## Run the tests (under 10 minutes on 2 cores).
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(READY)  ## Run the tests that take longer.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## Lint, format check, types, import directions, generated documents.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(READY)  ## Regenerate the generated documents.
+	$(BIN)/python docs/generate.py
+
+bench: $(READY)  ## Measure phiconv beside its peers.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) dist

@@ -1,0 +1,366 @@
+"""Materialises a lazy graph: model.onnx and its external data, in one pass over the checkpoint.
+
+Every initializer is cut into jobs of a few megabytes; a job reads checkpoint rows into a buffer
+of its thread, runs one kernel and writes the result at its place in the data file. So memory is a
+few buffers for each thread whatever the model's size, and reading, computing and writing overlap.
+The bytes depend on the graph and the checkpoint alone, not on threads or timing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phiconv.errors import CheckpointError, ExportError, StageError
+from phiconv.kernels import floats, matmulnbits
+from phiconv.onnx.data_file import DataFile, Region, lay_out
+from phiconv.onnx.graph import DATA_FILE, OnnxGraph
+from phiconv.onnx.weights import Blockwise, Dense, Part, Quantization, Rows, row_count
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from phiconv.checkpoint import Checkpoint
+    from phiconv.stages.stage import Progress
+
+MODEL_FILE = "model.onnx"
+# A job's input: small enough to stay in the second-level cache between read and write.
+CHUNK_BYTES = 2 << 20
+# A transposed write is contiguous only for whole tensors; wider panels mean longer runs.
+PANEL_BYTES = 64 << 20
+# Constants below this stay in the graph, where shape inference can see them.
+INLINE_BYTES = 1 << 10
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the writer made.
+
+    Attributes:
+        data_sha256: Digest of the external data file.
+        data_bytes: Its size.
+        source_bytes: Bytes read from the checkpoint.
+        tensors: Number of tensors in the data file.
+    """
+
+    data_sha256: str
+    data_bytes: int
+    source_bytes: int
+    tensors: int
+
+
+def write_model(
+    graph: OnnxGraph, checkpoint: Checkpoint, folder: Path, *, threads: int, progress: Progress
+) -> Written:
+    """Write ``model.onnx`` and ``model.onnx.data`` into an existing folder.
+
+    Args:
+        graph: The lazy graph; its placeholders are replaced by external tensors.
+        checkpoint: Where the rows come from.
+        folder: Destination.
+        threads: Number of worker threads.
+        progress: Told the bytes read and the tensor in hand.
+
+    Raises:
+        CheckpointError: A weight holds NaN or Inf; every such tensor is named.
+        StageError: A weight leaves the range of fp16; every such tensor is named.
+        OSError: Reading or writing failed.
+    """
+    import onnx_ir as ir
+
+    lengths, constants = _external_tensors(graph)
+    regions = lay_out(lengths)
+    jobs = list(_jobs(graph, checkpoint, regions))
+    progress.start(sum(job.source_bytes for job in jobs), "bytes")
+    work = _Work(checkpoint, progress)
+    with DataFile(folder / DATA_FILE, regions) as data:
+        for name, tensor in constants.items():
+            data.write(regions[name].offset, np.ascontiguousarray(tensor.numpy()))
+            data.complete(regions[name].offset, regions[name].end)
+        _run(jobs, work, data, threads)
+        work.raise_findings()
+        digest = data.sha256()
+    _point_to_data(graph.model, regions)
+    proto = ir.serde.serialize_model(graph.model)
+    (folder / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
+    return Written(digest, data.size, sum(job.source_bytes for job in jobs), len(regions))
+
+
+@dataclass
+class _Work:
+    """What the jobs of one model share: source, progress, buffers and findings."""
+
+    checkpoint: Checkpoint
+    progress: Progress
+    not_finite: set[str] = field(default_factory=set)
+    overflowing: dict[str, float] = field(default_factory=dict)
+    _local: threading.local = field(default_factory=threading.local)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def buffer(self, use: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An uninitialised array in memory that this thread reuses for every job."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        buffers: dict[str, np.ndarray] = self._local.__dict__
+        if use not in buffers or buffers[use].nbytes < size:
+            buffers[use] = np.empty(size, np.uint8)
+        return buffers[use][:size].view(dtype).reshape(shape)
+
+    def read(self, rows: tuple[Rows, ...], start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of a concatenation, in the checkpoint's own dtype."""
+        info = self.checkpoint.tensors[rows[0].tensor]
+        out = self.buffer("source", (stop - start, *info.shape[1:]), info.numpy_dtype)
+        position = filled = 0
+        for part in rows:
+            first, last = max(start - position, 0), min(stop - position, len(part))
+            if first < last:
+                self.checkpoint.read_rows(
+                    part.tensor,
+                    part.start + first,
+                    part.start + last,
+                    out[filled : filled + last - first],
+                )
+                filled += last - first
+            position += len(part)
+        return out
+
+    def note_overflow(self, names: set[str], largest: float) -> None:
+        with self._lock:
+            for name in names:
+                self.overflowing[name] = max(largest, self.overflowing.get(name, 0.0))
+
+    def raise_findings(self) -> None:
+        """Report every tensor that cannot be converted, in one error."""
+        if self.not_finite:
+            raise CheckpointError(
+                f"NaN or Inf in {_listed(sorted(self.not_finite))}",
+                where=str(self.checkpoint.path),
+                remedy="the checkpoint is damaged or diverged in training: get or make it again",
+            )
+        if self.overflowing:
+            named = [f"{name} (|w| up to {m:.4g})" for name, m in sorted(self.overflowing.items())]
+            raise StageError(
+                f"outside the range of fp16, ±65504: {_listed(named)}",
+                where=str(self.checkpoint.path),
+                remedy="use precision fp32, or a cast stage with overflow: clamp",
+            )
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows ``[start, stop)`` of one weight, to be computed and written by one thread."""
+
+    rows: tuple[Rows, ...]
+    start: int
+    stop: int
+    source_bytes: int
+
+    def run(self, work: _Work, data: DataFile) -> None:
+        raise NotImplementedError
+
+    def _names(self) -> set[str]:
+        return {part.tensor for part in self.rows}
+
+
+@dataclass(frozen=True)
+class _DenseJob(_Job):
+    """Rounds rows to the target type and writes them, in order or transposed."""
+
+    region: Region
+    dtype: np.dtype
+    expr: Dense
+
+    def run(self, work: _Work, data: DataFile) -> None:
+        source = work.read(self.rows, self.start, self.stop)
+        if self.expr.transposed:
+            finite, largest = self._write_transposed(source, work, data)
+        else:
+            out = work.buffer("dense", source.shape, self.dtype)
+            finite, largest = floats.cast_rows(source, out)
+            self._clamp(out)
+            offset = self.region.offset + self.start * (out.nbytes // len(out))
+            data.write(offset, out)
+            data.complete(offset, offset + out.nbytes)
+        if not finite:
+            work.not_finite.update(self._names())
+        elif self.expr.overflow == "error" and self.dtype == np.float16:
+            if largest > floats.FLOAT16_MAX:
+                work.note_overflow(self._names(), largest)
+
+    def _write_transposed(
+        self, source: np.ndarray, work: _Work, data: DataFile
+    ) -> tuple[bool, float]:
+        """Write ``[N, K]`` rows as columns of ``[K, N]``, a few output rows at a time."""
+        n, k = source.shape
+        total = row_count(self.rows)
+        step = max(1, CHUNK_BYTES // (n * self.dtype.itemsize))
+        finite, largest = True, 0.0
+        for first in range(0, k, step):
+            last = min(first + step, k)
+            out = work.buffer("dense", (last - first, n), self.dtype)
+            chunk_finite, chunk_largest = floats.cast_transposed(source, first, last, out)
+            finite, largest = finite and chunk_finite, max(largest, chunk_largest)
+            self._clamp(out)
+            if n == total:
+                data.write(self.region.offset + first * n * self.dtype.itemsize, out)
+                continue
+            for row in range(last - first):
+                position = (first + row) * total + self.start
+                data.write(self.region.offset + position * self.dtype.itemsize, out[row])
+        return finite, largest
+
+    def _clamp(self, out: np.ndarray) -> None:
+        if self.expr.overflow == "clamp":
+            np.clip(out, -floats.FLOAT16_MAX, floats.FLOAT16_MAX, out=out)
+
+
+@dataclass(frozen=True)
+class _BlockwiseJob(_Job):
+    """Quantizes rows and writes packed integers, scales and zero points."""
+
+    regions: dict[Part, Region]
+    quantization: Quantization
+
+    def run(self, work: _Work, data: DataFile) -> None:
+        source = work.read(self.rows, self.start, self.stop)
+        q = self.quantization
+        n, k = source.shape
+        blocks = -(-k // q.block_size)
+        scale_dtype = np.dtype(np.float32 if q.scale_dtype == "FLOAT" else np.float16)
+        byte = np.dtype(np.uint8)
+        outputs: dict[Part, np.ndarray] = {
+            "weight": work.buffer("weight", (n, blocks, q.block_size * q.bits // 8), byte),
+            "scales": work.buffer("scales", (n, blocks), scale_dtype),
+        }
+        if not q.symmetric:
+            shape = (n, -(-blocks * q.bits // 8))
+            outputs["zero_points"] = work.buffer("zero_points", shape, byte)
+        status = matmulnbits.quantize_rows(
+            source,
+            bits=q.bits,
+            block_size=q.block_size,
+            symmetric=q.symmetric,
+            search=q.search,
+            packed=outputs["weight"],
+            scales=outputs["scales"],
+            zero_points=outputs.get("zero_points"),
+        )
+        if not status:
+            work.not_finite.update(self._names())
+        for part, array in outputs.items():
+            offset = self.regions[part].offset + self.start * (array.nbytes // n)
+            data.write(offset, array)
+            data.complete(offset, offset + array.nbytes)
+
+
+def _external_tensors(graph: OnnxGraph) -> tuple[dict[str, int], dict[str, ir.TensorProtocol]]:
+    """Byte length by name of what goes to the data file, and the constants among it."""
+    lengths: dict[str, int] = {}
+    constants: dict[str, ir.TensorProtocol] = {}
+    for name, value in graph.model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            raise ExportError(f"initializer {name} has neither data nor a weight expression")
+        if name in graph.weights:
+            lengths[name] = tensor.nbytes
+        elif tensor.nbytes > INLINE_BYTES:
+            lengths[name] = tensor.nbytes
+            constants[name] = tensor
+    return lengths, constants
+
+
+def _jobs(graph: OnnxGraph, checkpoint: Checkpoint, regions: dict[str, Region]) -> Iterator[_Job]:
+    """Jobs in the order of the data file, so that its digest can follow closely."""
+    groups: dict[str, dict[Part, Region]] = {}
+    for name, expr in graph.weights.items():
+        if isinstance(expr, Blockwise):
+            groups.setdefault(expr.group, {})[expr.part] = regions[name]
+    for name in graph.model.graph.initializers:
+        match graph.weights.get(name):
+            case Dense() as dense:
+                yield from _dense_jobs(graph, checkpoint, name, dense, regions[name])
+            case Blockwise(rows, quantization, "weight", group):
+                for start, stop, size in _chunks(checkpoint, rows, CHUNK_BYTES):
+                    yield _BlockwiseJob(rows, start, stop, size, groups[group], quantization)
+
+
+def _dense_jobs(
+    graph: OnnxGraph, checkpoint: Checkpoint, name: str, expr: Dense, region: Region
+) -> Iterator[_Job]:
+    value = graph.model.graph.initializers[name]
+    assert value.dtype is not None
+    dtype = np.dtype(value.dtype.numpy())
+    limit = PANEL_BYTES if expr.transposed else CHUNK_BYTES
+    for start, stop, size in _chunks(checkpoint, expr.rows, limit):
+        yield _DenseJob(expr.rows, start, stop, size, region, dtype, expr)
+
+
+def _chunks(
+    checkpoint: Checkpoint, rows: tuple[Rows, ...], limit: int
+) -> Iterator[tuple[int, int, int]]:
+    """Cut a concatenation of rows into equal ranges of at most `limit` bytes."""
+    info = checkpoint.tensors[rows[0].tensor]
+    row_bytes = info.nbytes // info.shape[0]
+    total = row_count(rows)
+    pieces = -(-total * row_bytes // limit)
+    step = -(-total // pieces)
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        yield start, stop, (stop - start) * row_bytes
+
+
+def _run(jobs: list[_Job], work: _Work, data: DataFile, threads: int) -> None:
+    """Run the jobs on a thread pool; the first failure cancels what has not begun."""
+    transposed_left: dict[int, int] = {}
+    for job in jobs:
+        if isinstance(job, _DenseJob) and job.expr.transposed:
+            offset = job.region.offset
+            transposed_left[offset] = transposed_left.get(offset, 0) + 1
+    lock = threading.Lock()
+
+    def execute(job: _Job) -> None:
+        job.run(work, data)
+        if isinstance(job, _DenseJob) and job.expr.transposed:
+            # Panels interleave in the file: it is final only when the last of them is.
+            with lock:
+                transposed_left[job.region.offset] -= 1
+                last = transposed_left[job.region.offset] == 0
+            if last:
+                data.complete(job.region.offset, job.region.end)
+        work.progress.advance(job.source_bytes, job.rows[0].tensor)
+
+    pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="phiconv-write")
+    try:
+        futures = [pool.submit(execute, job) for job in jobs]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _point_to_data(model: ir.Model, regions: dict[str, Region]) -> None:
+    """Make every initializer of the data file an external tensor of the saved graph."""
+    import onnx_ir as ir
+
+    for name, region in regions.items():
+        value = model.graph.initializers[name]
+        assert value.dtype is not None and value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            location=DATA_FILE,
+            offset=region.offset,
+            length=region.length,
+            dtype=value.dtype,
+            shape=value.shape,
+            name=name,
+        )

@@ -1,0 +1,166 @@
+"""Stage `quantize`: weights of a lazy ONNX graph become group-wise integers (MatMulNBits)."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from phiconv.errors import PhiconvError, RecipeError, StageError
+from phiconv.stages.stage import JSON, ONNX_GRAPH, Requirement, StageContext
+
+if TYPE_CHECKING:
+    from phiconv.checkpoint import ModelConfig
+    from phiconv.onnx.quantize import Target, WeightInfo
+
+Bits = Literal[4, 8]
+BlockSize = Literal[16, 32, 64, 128, 256]
+Search = Literal["none", "mse"]
+AccuracyLevel = Literal[0, 1, 2, 3, 4]
+
+
+class WeightParams(BaseModel):
+    """How some weights differ from the rest; a key that is left out keeps the stage's value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep_float: bool = Field(False, description="Leave these weights in floating point.")
+    bits: Bits | None = Field(None, description="Bits of a weight.")
+    block_size: BlockSize | None = Field(None, description="Input features that share a scale.")
+    symmetric: bool | None = Field(None, description="Without stored zero points.")
+    search: Search | None = Field(None, description="How a block's scale is chosen.")
+    accuracy_level: AccuracyLevel | None = Field(None, description="MatMulNBits attribute.")
+
+
+class Override(WeightParams):
+    """Settings for the weights whose name matches a pattern."""
+
+    match: str = Field(
+        description="Pattern (shell style) over the initializer's name, such as "
+        "*.mlp.down_proj.*, or the checkpoint tensor's name."
+    )
+
+
+class QuantizeParams(BaseModel):
+    """Parameters of `quantize`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Bits = Field(4, description="Bits of a weight.")
+    block_size: BlockSize = Field(
+        32, description="Number of consecutive input features that share one scale."
+    )
+    symmetric: bool = Field(True, description="Without (true) or with (false) stored zero points.")
+    search: Search = Field(
+        "none",
+        description="How a block's scale is chosen: none is ONNX Runtime's absmax/min-max rule, "
+        "byte for byte; mse minimises the squared error of each block.",
+    )
+    accuracy_level: AccuracyLevel = Field(
+        0,
+        description="MatMulNBits attribute: least precision of the activations on the CPU "
+        "(1 fp32, 2 fp16, 3 bf16, 4 int8; 0 leaves it to the runtime).",
+    )
+    lm_head: WeightParams | None = Field(
+        None, description="Settings for the language-model head; by default as the body."
+    )
+    embedding: WeightParams | None = Field(
+        None, description="Settings for the token embedding; by default it stays floating point."
+    )
+    overrides: tuple[Override, ...] = Field(
+        (), description="Settings by name pattern; the first match wins, before lm_head."
+    )
+
+
+class Quantize:
+    """Rewrites the graph; the integers are computed when the model is written."""
+
+    name: ClassVar[str] = "quantize"
+    version: ClassVar[int] = 1
+    params: ClassVar[type[QuantizeParams]] = QuantizeParams
+    accepts: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
+    produces: ClassVar[str] = ONNX_GRAPH
+
+    def tools(self) -> tuple[str, ...]:
+        return ("onnx-ir",)
+
+    def check(self, params: QuantizeParams, config: ModelConfig) -> list[PhiconvError]:
+        settings = params.embedding
+        if settings is None or settings.keep_float:
+            return []
+        block_size = settings.block_size or params.block_size
+        if config.hidden_size % block_size == 0:
+            return []
+        return [
+            RecipeError(
+                f"the embedding's width {config.hidden_size} is not a multiple of block_size "
+                f"{block_size}",
+                where="quantize: embedding.block_size",
+                remedy="choose a block_size that divides it, or leave embedding out",
+            )
+        ]
+
+    def key_params(self, params: QuantizeParams) -> dict[str, JSON]:
+        document: dict[str, JSON] = params.model_dump(mode="json")
+        return document
+
+    def requires(self, params: QuantizeParams) -> tuple[Requirement, ...]:
+        return ()
+
+    def run(self, params: QuantizeParams, ctx: StageContext) -> dict[str, JSON]:
+        from phiconv.onnx.graph import OnnxGraph
+        from phiconv.onnx.quantize import quantize_graph
+
+        unused = set(params.overrides)
+
+        def choose(weight: WeightInfo) -> Target | None:
+            override = _first_match(params.overrides, weight)
+            if override is not None:
+                unused.discard(override)
+            return _target(params, override, weight.role)
+
+        graph = OnnxGraph.load(ctx.input(ONNX_GRAPH).path)
+        done = quantize_graph(graph, choose)
+        if unused:
+            patterns = ", ".join(sorted(override.match for override in unused))
+            raise StageError(
+                f"no weight matches the override {patterns}",
+                where="quantize: overrides",
+                remedy=f"weights are named like {next(iter(done), 'lm_head.MatMul.weight')}",
+            )
+        graph.save(ctx.out)
+        by_bits = {bits: sum(target.bits == bits for target in done.values()) for bits in (4, 8)}
+        return {"int4_weights": by_bits[4], "int8_weights": by_bits[8]}
+
+
+def _first_match(overrides: tuple[Override, ...], weight: WeightInfo) -> Override | None:
+    names = (weight.name, *weight.tensors)
+    for override in overrides:
+        if any(fnmatchcase(name, override.match) for name in names):
+            return override
+    return None
+
+
+def _target(params: QuantizeParams, override: Override | None, role: str) -> Target | None:
+    """Resolve the settings of one weight: an override, else its role's, else the stage's."""
+    from phiconv.onnx.quantize import Target
+
+    settings: WeightParams | None = override
+    if settings is None and role == "lm_head":
+        settings = params.lm_head
+    elif settings is None and role == "embedding":
+        settings = params.embedding or WeightParams(keep_float=True)
+    settings = settings or WeightParams()
+    if settings.keep_float:
+        return None
+
+    return Target(
+        bits=settings.bits or params.bits,
+        block_size=settings.block_size or params.block_size,
+        symmetric=params.symmetric if settings.symmetric is None else settings.symmetric,
+        search=settings.search or params.search,
+        accuracy_level=params.accuracy_level
+        if settings.accuracy_level is None
+        else settings.accuracy_level,
+    )
