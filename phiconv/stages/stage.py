@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint, ModelConfig
     from phiconv.errors import PhiconvError
 
-JSON: TypeAlias = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
+JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 ONNX_GRAPH = "onnx-graph"
 """A lazy ONNX model: graph.onnx, weights.json, genai/ (a few hundred KB)."""
@@ -115,13 +115,13 @@ class SilentProgress:
     """A `Progress` that says nothing."""
 
     def start(self, total: int | None, unit: str = "bytes") -> None:
-        pass
+        """Does nothing."""
 
     def advance(self, amount: int, what: str | None = None) -> None:
-        pass
+        """Does nothing."""
 
     def note(self, text: str) -> None:
-        pass
+        """Does nothing."""
 
 
 @dataclass(frozen=True)
@@ -174,30 +174,40 @@ class StageContext:
 
 
 class Stage(Protocol):
-    """One operation of a recipe: maps input artifacts (or the checkpoint) to an artifact.
-
-    Attributes:
-        name: What a recipe writes after `uses`.
-        version: Bumped whenever the output bytes change for equal inputs and parameters.
-        params: The pydantic model of `with`: `extra="forbid"`, frozen. Its field descriptions are
-            the documentation and the JSON schema. Values that name a file are resolved against
-            `info.context["folder"]` (the recipe's folder) in a validator.
-        accepts: Kinds of the inputs it takes, empty when it reads the checkpoint itself. An
-            `onnx-graph` given to a stage that accepts `onnx` is written first (a step
-            `<id>.onnx` that the plan adds).
-        produces: The kind of its artifact.
-    """
+    """One operation of a recipe: maps input artifacts (or the checkpoint) to an artifact."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What a recipe writes after `uses`."""
+        ...
+
     @property
-    def version(self) -> int: ...
+    def version(self) -> int:
+        """Bumped whenever the output bytes change for equal inputs and parameters."""
+        ...
+
     @property
-    def params(self) -> type[BaseModel]: ...
+    def params(self) -> type[BaseModel]:
+        """The pydantic model of `with`: `extra="forbid"`, frozen.
+
+        Its field descriptions are the documentation and the JSON schema. Values that name a file
+        are resolved against `info.context["folder"]` (the recipe's folder) in a validator.
+        """
+        ...
+
     @property
-    def accepts(self) -> tuple[str, ...]: ...
+    def accepts(self) -> tuple[str, ...]:
+        """Kinds of the inputs it takes, one of each; empty when it reads the checkpoint itself.
+
+        An `onnx-graph` given to a stage that accepts `onnx` is written first: the plan adds a
+        step `<id>.onnx`.
+        """
+        ...
+
     @property
-    def produces(self) -> str: ...
+    def produces(self) -> str:
+        """The kind of its artifact."""
+        ...
 
     def tools(self) -> tuple[str, ...]:
         """Names of the distributions whose versions shape the output bytes."""

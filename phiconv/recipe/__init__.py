@@ -1,0 +1,9 @@
+"""Recipes: YAML in, a checked `Recipe` out."""
+
+from __future__ import annotations
+
+from phiconv.recipe.load import load
+from phiconv.recipe.model import Recipe, StageUse
+from phiconv.recipe.overrides import Overrides
+
+__all__ = ["Overrides", "Recipe", "StageUse", "load"]

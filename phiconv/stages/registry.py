@@ -1,0 +1,14 @@
+"""The stages a recipe can name after `uses`: adding one is one file and one line here.
+
+This is a module of its own, not `phiconv.stages` itself, so that importing one stage, or the
+types in `phiconv.stages.stage`, does not import them all.
+"""
+
+from __future__ import annotations
+
+from phiconv.stages.stage import ONNX_GRAPH, Stage
+
+STAGES: dict[str, Stage] = {}
+
+WRITERS: dict[str, str] = {ONNX_GRAPH: "write-onnx"}
+"""The stage that turns an artifact of a lazy kind into one that ships; the plan adds it."""
