@@ -32,6 +32,8 @@ Precision = Literal["fp32", "fp16"]
 
 # GroupQueryAttention's fused rotary embedding works on 8 pairs at a time.
 FUSED_ROTARY_PAIRS = 8
+# Where GroupQueryAttention's local_window_size is known to be honoured.
+WINDOW_PROVIDERS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,15 @@ class LazyWeight:
         return cls((row_count(rows), *parts[0].shape[1:]), rows)
 
 
-class _Phi3DecoderLayer(SimpleNamespace):
-    """A decoder layer; the builder recognises it by the end of its class name."""
+class _Module(SimpleNamespace):
+    """A module, equal to itself alone: the builder recognises some by comparing them."""
 
+    __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+
+class _Phi3DecoderLayer(_Module):
+    """A decoder layer; the builder recognises it by the end of its class name."""
 
 
 class _Phi3Weights:
@@ -91,11 +98,11 @@ class _Phi3Weights:
     def __init__(self, config: ModelConfig):
         shapes = config.expected_tensors()
 
-        def weight(name: str, start: int = 0, stop: int | None = None) -> SimpleNamespace:
+        def weight(name: str, start: int = 0, stop: int | None = None) -> _Module:
             shape = shapes[name]
             stop = shape[0] if stop is None else stop
             rows = (Rows(name, start, stop),)
-            return SimpleNamespace(weight=LazyWeight((stop - start, *shape[1:]), rows), bias=None)
+            return _Module(weight=LazyWeight((stop - start, *shape[1:]), rows), bias=None)
 
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.embedding = weight("model.embed_tokens.weight")
@@ -115,13 +122,13 @@ class _Phi3Weights:
         return _Phi3DecoderLayer(
             input_layernorm=weight(f"{prefix}.input_layernorm.weight"),
             post_attention_layernorm=weight(f"{prefix}.post_attention_layernorm.weight"),
-            self_attn=SimpleNamespace(
+            self_attn=_Module(
                 q_proj=weight(qkv, 0, q),
                 k_proj=weight(qkv, q, q + kv),
                 v_proj=weight(qkv, q + kv, q + 2 * kv),
                 o_proj=weight(f"{prefix}.self_attn.o_proj.weight"),
             ),
-            mlp=SimpleNamespace(
+            mlp=_Module(
                 gate_proj=weight(gate_up, 0, config.intermediate_size),
                 up_proj=weight(gate_up, config.intermediate_size, 2 * config.intermediate_size),
                 down_proj=weight(f"{prefix}.mlp.down_proj.weight"),
@@ -180,6 +187,12 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
     from builders import Phi3MiniLongRoPEModel, Phi3MiniModel  # type: ignore[import-not-found]
 
     config = checkpoint.config
+    window = config.sliding_window
+    windowed = (
+        provider in WINDOW_PROVIDERS
+        and window is not None
+        and window < config.max_position_embeddings
+    )
     base: Any = Phi3MiniLongRoPEModel if config.rope is not None else Phi3MiniModel
 
     class LazyBuilder(base):  # type: ignore[misc]
@@ -187,6 +200,11 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
 
         def load_weights(self, input_path: str) -> _Phi3Weights:
             return _Phi3Weights(config)
+
+        def is_local(self, layer_id: int) -> bool:
+            # The builder leaves Phi-3's sliding window out, and its logits leave Hugging Face's
+            # where the window begins to matter.
+            return windowed
 
         def is_fused_rope_supported(self) -> bool:
             fits = config.rotary_dim // 2 % FUSED_ROTARY_PAIRS == 0
@@ -210,7 +228,9 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
     dtype = ir.DataType.FLOAT if precision == "fp32" else ir.DataType.FLOAT16
     hf_config = _hugging_face_config(checkpoint)
     LazyBuilder.lazy = {}
-    builder = LazyBuilder(hf_config, dtype, dtype, provider, str(checkpoint.path), {})
+    # The attention operator masks by the window; the runtime keeps the whole KV cache.
+    options = {"windowed_kv_cache": False}
+    builder = LazyBuilder(hf_config, dtype, dtype, provider, str(checkpoint.path), options)
     builder.hf_config = hf_config
     return builder
 

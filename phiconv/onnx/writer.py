@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phiconv.checkpoint.safetensors_file import numpy_dtype
 from phiconv.errors import CheckpointError, ExportError, StageError
 from phiconv.kernels import floats, matmulnbits
 from phiconv.onnx.data_file import DataFile, Region, lay_out
@@ -114,7 +115,7 @@ class _Work:
     def read(self, rows: tuple[Rows, ...], start: int, stop: int) -> np.ndarray:
         """Rows ``[start, stop)`` of a concatenation, in the checkpoint's own dtype."""
         info = self.checkpoint.tensors[rows[0].tensor]
-        out = self.buffer("source", (stop - start, *info.shape[1:]), info.numpy_dtype)
+        out = self.buffer("source", (stop - start, *info.shape[1:]), numpy_dtype(info.dtype))
         position = filled = 0
         for part in rows:
             first, last = max(start - position, 0), min(stop - position, len(part))
@@ -194,7 +195,7 @@ class _DenseJob(_Job):
         if not finite:
             work.not_finite.update(self._names())
         elif self.expr.overflow == "error" and self.dtype == np.float16:
-            if largest > floats.FLOAT16_MAX:
+            if largest >= floats.F16_OVERFLOW:
                 work.note_overflow(self._names(), largest)
 
     def _write_transposed(
@@ -221,7 +222,8 @@ class _DenseJob(_Job):
 
     def _clamp(self, out: np.ndarray) -> None:
         if self.expr.overflow == "clamp":
-            np.clip(out, -floats.FLOAT16_MAX, floats.FLOAT16_MAX, out=out)
+            limits = np.finfo(out.dtype)
+            np.clip(out, limits.min, limits.max, out=out)
 
 
 @dataclass(frozen=True)
@@ -310,13 +312,12 @@ def _chunks(
 ) -> Iterator[tuple[int, int, int]]:
     """Cut a concatenation of rows into equal ranges of at most `limit` bytes."""
     info = checkpoint.tensors[rows[0].tensor]
-    row_bytes = info.nbytes // info.shape[0]
     total = row_count(rows)
-    pieces = -(-total * row_bytes // limit)
+    pieces = -(-total * info.row_nbytes // limit)
     step = -(-total // pieces)
     for start in range(0, total, step):
         stop = min(start + step, total)
-        yield start, stop, (stop - start) * row_bytes
+        yield start, stop, (stop - start) * info.row_nbytes
 
 
 def _run(jobs: list[_Job], work: _Work, data: DataFile, threads: int) -> None:
