@@ -1,0 +1,245 @@
+"""What a build shows while it runs: live bars on a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from phiconv.stages.stage import Progress, SilentProgress
+from phiconv.workspace.disk import size_text
+
+if TYPE_CHECKING:
+    from phiconv.report.results import StageRecord
+
+_PLAIN_SECONDS = 5.0
+_NAME_WIDTH = 36
+
+PeakMemory = Callable[[], int]
+
+
+class Display(Protocol):
+    """Where a build says what it does."""
+
+    def begin(self, title: str, count: int) -> None:
+        """A build of `count` steps begins."""
+
+    def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
+        """A step starts; `peak` gives its peak memory so far, in bytes."""
+
+    def done(self, record: StageRecord) -> None:
+        """A step is finished, or was cached."""
+
+    def note(self, text: str) -> None:
+        """Says one line."""
+
+    def close(self) -> None:
+        """The display is needed no more; safe to call twice."""
+
+
+def make_display(stream: TextIO, *, quiet: bool, terminal: bool | None = None) -> Display:
+    """The display that suits a stream.
+
+    Args:
+        stream: Where it writes.
+        quiet: Show nothing.
+        terminal: Whether the stream is a terminal; asked of it by default.
+    """
+    if quiet:
+        return QuietDisplay()
+    if terminal if terminal is not None else stream.isatty():
+        return RichDisplay(stream)
+    return PlainDisplay(stream)
+
+
+class QuietDisplay:
+    """Shows nothing."""
+
+    def begin(self, title: str, count: int) -> None:
+        """Shows nothing."""
+
+    def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
+        """Shows nothing."""
+        return SilentProgress()
+
+    def done(self, record: StageRecord) -> None:
+        """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Shows nothing."""
+
+    def close(self) -> None:
+        """Shows nothing."""
+
+
+def outcome(record: StageRecord) -> str:
+    """`done in 3.2 s, 410.0 KB, peak 312.0 MB`, or `cached, 410.0 KB`."""
+    size = size_text(record.size_bytes or 0)
+    if record.cached:
+        return f"cached, {size}"
+    peak = size_text(record.peak_rss_bytes or 0)
+    return f"done in {seconds_text(record.wall_s or 0)}, {size}, peak {peak}"
+
+
+def seconds_text(seconds: float) -> str:
+    """`3.2 s`, `4 min 05 s`, `2 h 03 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def amount_text(done: int, total: int | None, unit: str) -> str:
+    """`1.1 GB of 2.4 GB`, or `512 of 4096 tokens`."""
+    if unit == "bytes":
+        return f"{size_text(done)} of {size_text(total)}" if total else size_text(done)
+    return f"{done} of {total} {unit}" if total else f"{done} {unit}"
+
+
+class PlainDisplay:
+    """Lines without control characters; at most one every few seconds within a step."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._index = self._count = 0
+
+    def begin(self, title: str, count: int) -> None:
+        """Names the build."""
+        self._index, self._count = 0, count
+        self.note(f"building {title}")
+
+    def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
+        """Says that a step starts."""
+        label = f"[{self._index + 1}/{self._count}] {name}"
+        self.note(f"{label}: {uses}")
+        return _PlainProgress(self, label, self._clock)
+
+    def done(self, record: StageRecord) -> None:
+        """Says what became of a step."""
+        self._index += 1
+        self.note(f"[{self._index}/{self._count}] {record.id}: {outcome(record)}")
+
+    def note(self, text: str) -> None:
+        """Writes a line."""
+        with self._lock:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _PlainProgress:
+    def __init__(self, display: PlainDisplay, label: str, clock: Callable[[], float]) -> None:
+        self._display, self._label, self._clock = display, label, clock
+        self._lock = threading.Lock()
+        self._last = clock()
+        self.start(None)
+
+    def start(self, total: int | None, unit: str = "bytes") -> None:
+        with self._lock:
+            self._done, self._total, self._unit = 0, total, unit
+
+    def advance(self, amount: int, what: str | None = None) -> None:
+        with self._lock:
+            self._done += amount
+            now = self._clock()
+            if now - self._last < _PLAIN_SECONDS:
+                return
+            self._last = now
+            text = amount_text(self._done, self._total, self._unit)
+        self._display.note(f"{self._label}: {text}{f', {what}' if what else ''}")
+
+    def note(self, text: str) -> None:
+        self._display.note(f"{self._label}: {text}")
+
+
+class RichDisplay:
+    """A live bar for the running step: item, amount, time left, peak memory."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._console = Console(file=stream, force_terminal=True, highlight=False)
+        self._bars = Bars(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[amount]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("peak {task.fields[peak]}"),
+            TextColumn("[dim]{task.fields[what]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._index = self._count = 0
+
+    def begin(self, title: str, count: int) -> None:
+        """Names the build."""
+        self._index, self._count = 0, count
+        self._console.print(f"[bold]{title}[/bold]")
+
+    def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
+        """Shows a step's bar."""
+        self._bars.start()
+        label = f"[{self._index + 1}/{self._count}] {name}".replace("[", r"\[")
+        memory = size_text(peak())
+        self._task = self._bars.add_task(label, total=None, amount="", what=uses, peak=memory)
+        return _RichProgress(self, self._bars, self._task, peak)
+
+    def done(self, record: StageRecord) -> None:
+        """Replaces the bar by a line."""
+        self._index += 1
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        label = f"[{self._index}/{self._count}] {record.id}".replace("[", r"\[")
+        style = "dim" if record.cached else "green"
+        self._console.print(f"{label} [{style}]{outcome(record)}[/{style}]")
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Takes the bars away."""
+        self._bars.stop()
+
+
+class _RichProgress:
+    def __init__(self, display: RichDisplay, bars: Any, task: Any, peak: PeakMemory) -> None:
+        self._display, self._bars, self._task, self._peak = display, bars, task, peak
+        self._lock = threading.Lock()
+        self._done = 0
+        self._total: int | None = None
+        self._unit = "bytes"
+
+    def start(self, total: int | None, unit: str = "bytes") -> None:
+        with self._lock:
+            self._done, self._total, self._unit = 0, total, unit
+        self._bars.reset(self._task, total=total)
+        self._update(None)
+
+    def advance(self, amount: int, what: str | None = None) -> None:
+        with self._lock:
+            self._done += amount
+        self._update(what)
+
+    def note(self, text: str) -> None:
+        self._display.note(text)
+
+    def _update(self, what: str | None) -> None:
+        fields: dict[str, str] = {
+            "amount": amount_text(self._done, self._total, self._unit),
+            "peak": size_text(self._peak()),
+        }
+        if what:
+            fields["what"] = what if len(what) <= _NAME_WIDTH else "…" + what[1 - _NAME_WIDTH :]
+        self._bars.update(self._task, completed=self._done, **fields)

@@ -1,0 +1,236 @@
+"""The output folder: `artifact/`, `report/` and `manifest.json`, replaced as a whole.
+
+New content is made beside the old and renamed into place, the manifest last. A kill in between
+leaves a part missing, never half a part, and the next build puts it right: the journal that lies
+there meanwhile says which files are phiconv's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from phiconv.errors import PhiconvError, RecipeError, StageError
+from phiconv.stages.stage import JSON
+from phiconv.workspace import Entry, Workspace
+from phiconv.workspace.disk import flush_file, flush_folder
+from phiconv.workspace.store import remove_tree
+
+ARTIFACT, REPORT, MANIFEST = "artifact", "report", "manifest.json"
+MANIFEST_VERSION = 1
+LINKED_BYTES = 16 << 20
+"""Files from this size on are linked to the workspace rather than copied."""
+
+_JOURNAL = ".phiconv-publish.json"
+_NEW, _OLD = ".phiconv-new", ".phiconv-old"
+_OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_FICLONE = 0x40049409  # linux/fs.h
+
+
+def publish(
+    out: Path,
+    entry: Entry,
+    write_report: Callable[[Path], None],
+    manifest: Mapping[str, JSON],
+    workspace: Workspace,
+) -> dict[str, JSON]:
+    """Puts an artifact and its report into an output folder.
+
+    Args:
+        out: The folder; made if need be.
+        entry: The shipped artifact.
+        write_report: Writes the report's files into the folder it is given.
+        manifest: What manifest.json says besides the files.
+        workspace: Gives the lock that keeps two builds from one folder.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        RecipeError: The folder holds files there that are not phiconv's.
+        StageError: A file there cannot be replaced because it is in use.
+        OSError: Such as a full disk; what stood there stands.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(os.path.normcase(out.resolve()).encode()).hexdigest()
+    with workspace.lock(f"out-{name}"):
+        check_destination(out)
+        _clear(out)
+        new = out / _NEW
+        try:
+            document = _prepare(new, entry, write_report, manifest)
+            owned = sorted({*_owned(out), *_names_in(document)})
+            _write_json(out / _JOURNAL, {"phiconv": MANIFEST_VERSION, "owned": owned})
+            _swap(out, new)
+        finally:
+            remove_tree(new)
+        remove_tree(out / _OLD)
+        (out / _JOURNAL).unlink()
+    return document
+
+
+def check_destination(out: Path) -> None:
+    """Makes sure that nothing in the way of a build's output is the user's.
+
+    Raises:
+        RecipeError: There is such a thing; nothing was touched.
+    """
+    strangers = _strangers(out)
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
+        raise RecipeError(
+            f"the output folder holds files that phiconv did not put there: {shown}",
+            where=str(out),
+            remedy="move them away, or choose another folder with --out",
+        )
+
+
+def _strangers(out: Path) -> list[str]:
+    if out.exists() and not out.is_dir():
+        return [out.name]
+    owned = _owned(out)
+    found = [str(name) for name in (ARTIFACT, REPORT) if (out / name).is_symlink()]
+    manifest = out / MANIFEST
+    if manifest.exists() and not _read_json(manifest):
+        found.append(MANIFEST)
+    for part in (ARTIFACT, REPORT):
+        if (out / part).is_file():
+            found.append(part)
+        for path in _files(out / part):
+            name = path.relative_to(out).as_posix()
+            if name not in owned and path.name not in _OF_THE_SYSTEM:
+                found.append(name)
+    return found
+
+
+def _owned(out: Path) -> set[str]:
+    """The files below `out` that a manifest or a journal calls phiconv's."""
+    journal = _read_json(out / _JOURNAL).get("owned", [])
+    return _names_in(_read_json(out / MANIFEST)) | set(journal)
+
+
+def _names_in(manifest: Mapping[str, Any]) -> set[str]:
+    return {
+        f"{part}/{name}"
+        for part in (ARTIFACT, REPORT)
+        for name in (manifest.get(part) or ())
+        if isinstance(name, str)
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file of phiconv's; {} when it is not there or not one."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) and "phiconv" in document else {}
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+    flush_file(path)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
+
+
+def _clear(out: Path) -> None:
+    """Removes what a killed build left; nobody else writes here while the lock is held."""
+    for name in (_NEW, _OLD):
+        remove_tree(out / name)
+
+
+def _prepare(
+    new: Path,
+    entry: Entry,
+    write_report: Callable[[Path], None],
+    manifest: Mapping[str, JSON],
+) -> dict[str, Any]:
+    (new / ARTIFACT).mkdir(parents=True)
+    (new / REPORT).mkdir()
+    for name, stamp in entry.files.items():
+        target = new / ARTIFACT / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place_file(entry.path / name, target, link=stamp.size >= LINKED_BYTES)
+    write_report(new / REPORT)
+    for path in _files(new):
+        if path.stat().st_nlink == 1:
+            flush_file(path)
+    document = {
+        "phiconv": MANIFEST_VERSION,
+        **manifest,
+        ARTIFACT: {
+            name: {"sha256": stamp.sha256, "size": stamp.size}
+            for name, stamp in sorted(entry.files.items())
+        },
+        REPORT: [path.relative_to(new / REPORT).as_posix() for path in _files(new / REPORT)],
+    }
+    _write_json(new / MANIFEST, document)
+    return document
+
+
+def place_file(source: Path, target: Path, *, link: bool) -> None:
+    """Copies a file, or, with `link`, shares its blocks where the file system can.
+
+    A reflink is tried first, because changing such a file does not change the source; then a hard
+    link; then, as across devices, a copy.
+    """
+    if link:
+        if _reflink(source, target):
+            return
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        with source.open("rb") as read, target.open("wb") as write:
+            fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _swap(out: Path, new: Path) -> None:
+    """Moves the old content aside and the new into place, the manifests first and last."""
+    old = out / _OLD
+    old.mkdir()
+    done: list[tuple[Path, Path]] = []
+    moves = [(out / name, old / name) for name in (MANIFEST, ARTIFACT, REPORT)]
+    moves += [(new / name, out / name) for name in (ARTIFACT, REPORT, MANIFEST)]
+    try:
+        for source, target in moves:
+            if source.exists():
+                source.rename(target)
+                done.append((source, target))
+        flush_folder(out)
+    except OSError as error:
+        for source, target in reversed(done):
+            with suppress(OSError):
+                target.rename(source)
+        raise _in_use(error) from error
+
+
+def _in_use(error: OSError) -> PhiconvError:
+    return StageError(
+        f"the old output cannot be replaced: {error.strerror}",
+        where=str(error.filename),
+        remedy="close the programs that use it, then build again: nothing has to be recomputed",
+    )

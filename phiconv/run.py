@@ -1,0 +1,307 @@
+"""Executes a plan: takes each step from the workspace or runs it, judges, reports, publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phiconv import __version__, machine
+from phiconv.errors import EnvironmentLacksError, PhiconvError
+from phiconv.plan import Plan, Step
+from phiconv.progress import Display
+from phiconv.publish import publish
+from phiconv.recipe.model import Recipe
+from phiconv.report.results import (
+    CheckpointRecord,
+    FileRecord,
+    RunResult,
+    StageRecord,
+    Validation,
+)
+from phiconv.resources import Meter, Usage
+from phiconv.stages.stage import JSON, MEASUREMENT, Artifact, StageContext
+from phiconv.workspace import Entry, Session, Workspace
+from phiconv.workspace.disk import disk_full, size_text
+from phiconv.workspace.entry import ARTIFACT
+
+if TYPE_CHECKING:
+    from phiconv.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished build.
+
+    Attributes:
+        plan: What was planned.
+        result: What was found out.
+        out: Where the artifact and the report are.
+    """
+
+    plan: Plan
+    result: RunResult
+    out: Path
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step's artifact and what it took."""
+
+    entry: Entry
+    record: StageRecord
+
+
+def open_checkpoint(recipe: Recipe, workspace: Workspace, display: Display) -> Checkpoint:
+    """Opens a recipe's source and hashes what was not hashed before.
+
+    Raises:
+        CheckpointError: The checkpoint is broken, incomplete or unsupported.
+        EnvironmentLacksError: The model is not there, or cannot be downloaded.
+    """
+    from phiconv.checkpoint import DigestCache, resolve
+
+    cache = DigestCache(workspace.digests)
+    checkpoint = resolve(recipe.source, recipe.text.model.revision, cache)
+    with Meter() as meter:
+        progress = display.step("checkpoint", recipe.source, lambda: meter.peak_rss_bytes)
+        progress.start(checkpoint.file_nbytes)
+        checkpoint.hash_files(on_bytes=lambda count: progress.advance(count, "hashing"))
+    return checkpoint
+
+
+def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Display) -> Built:
+    """Builds what a plan says and publishes it.
+
+    Args:
+        plan: The plan.
+        session: The workspace.
+        out: The output folder.
+        threads: How many threads a stage may use.
+        display: Where progress is shown.
+
+    Raises:
+        PhiconvError: A stage failed; the output folder stays as it was.
+    """
+    display.begin(plan.recipe.name, len(plan.steps))
+    runner = Runner(plan, session, threads, display)
+    for target in plan.targets:
+        runner.ensure(target)
+    result = assess(plan, runner.made)
+    entry = runner.made[plan.shipped].entry
+
+    def write_report(folder: Path) -> None:
+        from phiconv.report import write_reports
+
+        write_reports(result, folder)
+
+    try:
+        publish(out, entry, write_report, manifest(plan, result), session.workspace)
+    except OSError as error:
+        raise disk_full(error, out, entry.size_bytes) or error from error
+    return Built(plan, result, out)
+
+
+class Runner:
+    """Makes artifacts of a plan available, each at most once.
+
+    Attributes:
+        made: What is available, by step id, inputs first.
+    """
+
+    def __init__(self, plan: Plan, session: Session, threads: int, display: Display) -> None:
+        self.made: dict[str, Made] = {}
+        self._plan, self._session = plan, session
+        self._threads, self._display = threads, display
+
+    def ensure(self, step: Step) -> Made:
+        """Takes a step's artifact from the workspace, or runs the step and all it needs.
+
+        What the plan found may have gone since, and another process may be making it right now:
+        so the workspace is asked again, under the key's lock.
+
+        Raises:
+            PhiconvError: The stage failed; nothing of it is kept.
+        """
+        if step.id in self.made:
+            return self.made[step.id]
+        rebuild = step.state == "build" and self._plan.rebuild
+        made = None if rebuild else self._find(step)
+        if made is None:
+            inputs = [self.ensure(self._plan.step(source.id)) for source in step.inputs]
+            with self._session.lock(step.key, lambda: self._waiting(step)):
+                found = None if rebuild else self._session.find(step.stage.produces, step.key)
+                made = self._cached(step, found) if found else self._run(step, inputs)
+        self.made[step.id] = made
+        self._display.done(made.record)
+        return made
+
+    def _find(self, step: Step) -> Made | None:
+        with self._session.lock(step.key, lambda: self._waiting(step)):
+            entry = self._session.find(step.stage.produces, step.key)
+        return self._cached(step, entry) if entry else None
+
+    def _waiting(self, step: Step) -> None:
+        self._display.note(f"{step.id}: another process is building it, waiting")
+
+    def _cached(self, step: Step, entry: Entry) -> Made:
+        return Made(entry, _record(step, entry, None))
+
+    def _run(self, step: Step, inputs: list[Made]) -> Made:
+        with self._session.scratch() as folder, Meter() as meter:
+            context = StageContext(
+                out=folder / ARTIFACT,
+                inputs=[
+                    Artifact(ref.id, ref.kind, ref.key, made.entry.path)
+                    for ref, made in zip(step.inputs, inputs, strict=True)
+                ],
+                checkpoint=self._plan.checkpoint,
+                threads=self._threads,
+                progress=self._display.step(step.id, step.stage.name, lambda: meter.peak_rss_bytes),
+            )
+            try:
+                facts = step.stage.run(step.params, context)
+                usage = meter.usage()
+                entry = self._session.publish(
+                    self._entry(step, folder, facts, usage), context.digests
+                )
+            except (OSError, MemoryError, PhiconvError) as error:
+                raise _explained(error, step, folder) from error
+        return Made(entry, _record(step, entry, usage))
+
+    def _entry(self, step: Step, folder: Path, facts: Mapping[str, JSON], usage: Usage) -> Entry:
+        return Entry(
+            kind=step.stage.produces,
+            key=step.key,
+            step=step.id,
+            stage=step.stage.name,
+            recipe=self._plan.recipe.name,
+            created=_now(),
+            facts=facts,
+            usage=asdict(usage),
+            key_of=step.key_of,
+            files={},
+            folder=folder,
+        )
+
+
+def _explained(error: Exception, step: Step, folder: Path) -> Exception:
+    """The error to raise for what a stage raised: says which stage, and knows a full disk."""
+    needed = step.estimate.disk_bytes if step.estimate else None
+    where = f"stage {step.id!r} ({step.place})"
+    full = disk_full(error, folder, needed)
+    if full is not None:
+        full.where = f"{where}, in {full.where}"
+        return full
+    if isinstance(error, MemoryError):
+        about = size_text(machine.memory_bytes())
+        message = f"out of memory ({about} in all): {error}"
+        return EnvironmentLacksError(message, where=where, remedy="use a machine with more memory")
+    if isinstance(error, PhiconvError):
+        error.where = f"{where}: {error.where}" if error.where else where
+    else:
+        error.add_note(where)
+    return error
+
+
+def _record(step: Step, entry: Entry, usage: Usage | None) -> StageRecord:
+    return StageRecord(
+        id=step.id,
+        uses=step.stage.name,
+        kind=step.stage.produces,
+        key=step.key,
+        cached=usage is None,
+        wall_s=usage.wall_s if usage else None,
+        cpu_s=usage.cpu_s if usage else None,
+        peak_rss_bytes=usage.peak_rss_bytes if usage else None,
+        size_bytes=entry.size_bytes,
+        facts={name: value for name, value in entry.facts.items() if _is_scalar(value)},
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def assess(plan: Plan, made: Mapping[str, Made]) -> RunResult:
+    """Judges the measurements by the recipe's gates and collects what the build found out."""
+    from phiconv.inspect import tensor_kinds
+
+    checkpoint, entry = plan.checkpoint, made[plan.shipped].entry
+    return RunResult(
+        recipe=plan.recipe.name,
+        recipe_digest=f"sha256:{plan.recipe.digest}",
+        created=_now(),
+        checkpoint=CheckpointRecord(
+            source=plan.recipe.source_name,
+            digest=f"sha256:{checkpoint.digest}",
+            revision=checkpoint.revision,
+            architecture=checkpoint.config.architecture,
+            files=checkpoint.digests,
+        ),
+        stages=tuple(item.record for item in made.values()),
+        artifact_key=entry.key,
+        files=tuple(
+            FileRecord(name, stamp.size, stamp.sha256) for name, stamp in entry.files.items()
+        ),
+        tensor_kinds=tensor_kinds(entry.path),
+        validations=tuple(
+            _validation(plan, step, made[step.id].entry)
+            for step in plan.steps
+            if step.stage.produces == MEASUREMENT
+        ),
+        tools={"phiconv": __version__, **plan.tools},
+        machine=machine.describe(),
+        release_path=plan.recipe.text.release.path if plan.recipe.text.release else None,
+    )
+
+
+def _validation(plan: Plan, step: Step, entry: Entry) -> Validation:
+    from phiconv.gates import judge
+    from phiconv.report.measurement import read_measurement
+
+    measurement = read_measurement(entry.path)
+    gates = judge(measurement, step.params.gates)  # type: ignore[attr-defined]
+    return Validation(step.id, plan.step(step.inputs[0].id).id, measurement, gates)
+
+
+def manifest(plan: Plan, result: RunResult) -> dict[str, JSON]:
+    """What manifest.json says besides the files; the same for every build of the same thing.
+
+    So it holds no time, no path, no measured figure and nothing of the machine.
+    """
+    recipe = plan.recipe
+    return {
+        "phiconv_version": __version__,
+        "recipe": {
+            "name": recipe.name,
+            "text_sha256": recipe.text_sha256,
+            "digest": result.recipe_digest,
+            "resolved": recipe.resolved(),
+        },
+        "checkpoint": asdict(result.checkpoint),
+        "steps": [
+            {
+                "id": step.id,
+                "uses": step.stage.name,
+                "version": step.stage.version,
+                "key": step.key,
+            }
+            for step in plan.steps
+        ],
+        "tools": plan.tools,
+        "verdict": {
+            "status": result.status,
+            "validations": [
+                {"stage": item.stage, "status": item.status, "verdict": item.verdict}
+                for item in result.validations
+            ],
+        },
+        "release_path": result.release_path,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,81 @@
+"""Disk space, durability and disk-full errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from phiconv.errors import EnvironmentLacksError
+
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def size_text(count: int) -> str:
+    """`2.4 GB`: decimal units, as disks are sold."""
+    value = float(count)
+    for unit in _UNITS[:-1]:
+        if value < 999.95 or (unit == "B" and value < 1000):
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} {_UNITS[-1]}"
+
+
+def existing_parent(path: Path) -> Path:
+    """The closest folder of `path` that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that a user may still write where `path` is or will be."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def same_device(one: Path, other: Path) -> bool:
+    """Whether hard links between the two places are possible."""
+    return existing_parent(one).stat().st_dev == existing_parent(other).stat().st_dev
+
+
+def disk_full(
+    error: BaseException, folder: Path, needed: int | None
+) -> EnvironmentLacksError | None:
+    """Returns the error to raise when `error`, or what caused it, is a full disk, else None.
+
+    Args:
+        error: What was caught.
+        folder: What was being written.
+        needed: Estimated bytes that the artifact takes, when known.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            wanted = f", about {size_text(needed)} is needed" if needed else ""
+            return EnvironmentLacksError(
+                f"the disk is full: {size_text(free_bytes(folder))} free{wanted}",
+                where=str(existing_parent(folder)),
+                remedy="free some space, `phiconv cache gc`, or set PHICONV_HOME to a larger disk",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def flush_file(path: Path) -> None:
+    """Makes the file's bytes durable."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Makes the folder's names durable, where the system can (not on Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
