@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from phiconv.metrics import summary
+from phiconv.metrics.comparison import compare_windows
 from phiconv.metrics.positions import (
     NO_TARGET,
     TOP_K,
@@ -21,6 +22,7 @@ __all__ = [
     "Metric",
     "PositionStatistics",
     "compare_logits",
+    "compare_windows",
     "summarise",
 ]
 

@@ -190,7 +190,7 @@ def _dot(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.fl
 def _log_sum_exp(
     logits: NDArray[np.float64], maximum: NDArray[np.float64], exponential: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """log sum exp of each row; leaves exp(logits - maximum) in `exponential`."""
+    """Log sum exp of each row; leaves exp(logits - maximum) in `exponential`."""
     np.subtract(logits, maximum[:, None], out=exponential)
     np.exp(exponential, out=exponential)
     return np.asarray(np.log(exponential.sum(axis=1)) + maximum)

@@ -55,12 +55,12 @@ def top5_agreement(positions: PositionStatistics) -> float:
 
 
 def reference_perplexity(positions: PositionStatistics) -> float:
-    """exp of the reference's mean negative log-likelihood of the next token."""
+    """Exp of the reference's mean negative log-likelihood of the next token."""
     return _exp(-_known(positions.reference_log_probability).mean())
 
 
 def candidate_perplexity(positions: PositionStatistics) -> float:
-    """exp of the candidate's mean negative log-likelihood of the next token."""
+    """Exp of the candidate's mean negative log-likelihood of the next token."""
     return _exp(-_known(positions.candidate_log_probability).mean())
 
 
@@ -137,6 +137,6 @@ def _standard_error(values: NDArray[np.float64]) -> float:
 
 
 def _exp(value: float) -> float:
-    """exp that overflows to infinity, as a report's figure may, instead of raising."""
+    """Exp that overflows to infinity, as a report's figure may, instead of raising."""
     with np.errstate(over="ignore"):
         return float(np.exp(value))

@@ -123,7 +123,6 @@ class Measurement:
         metrics: Metric name (a key of `phiconv.metrics.METRICS`) -> value; empty when not run.
         kl_histogram: Distribution of the KL divergence over all positions.
         kl_by_position: The same along the window.
-        wall_s: Seconds of the runtime's forward passes and of the comparison, by part.
     """
 
     status: Literal["measured", "not_run"]
@@ -132,7 +131,6 @@ class Measurement:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     kl_histogram: Histogram | None = None
     kl_by_position: PositionError | None = None
-    wall_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

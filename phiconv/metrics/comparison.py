@@ -1,0 +1,67 @@
+"""Compares a candidate with the reference window by window, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phiconv.errors import StageError
+from phiconv.metrics.positions import NO_TARGET, PositionStatistics, compare_logits
+
+CHUNK_POSITIONS = 512
+"""Positions whose reference logits are in memory at once."""
+
+
+def compare_windows(
+    windows: NDArray[np.int64],
+    candidate: Iterable[NDArray[np.float32]],
+    reference: Callable[[int, int, int], NDArray[np.float32]],
+    advance: Callable[[int, str], None] | None = None,
+) -> PositionStatistics:
+    """Compares all positions of all windows.
+
+    In memory at once are one window of the candidate's logits and `CHUNK_POSITIONS` positions of
+    the reference's.
+
+    Args:
+        windows: Token ids, int64 [n, T]; the target of a position is the token after it.
+        candidate: The candidate's logits of each window in order, float32 [T, V].
+        reference: Gives the reference's logits [stop - start, V] for (window, start, stop).
+        advance: Called after each window with its number of tokens and its name.
+
+    Returns:
+        The statistics of the n * T positions, window by window.
+
+    Raises:
+        StageError: A logit of the candidate is NaN or infinite, naming window and position; or
+            its vocabulary is not the reference's.
+    """
+    parts = []
+    for index, (window, logits) in enumerate(zip(windows, candidate, strict=True)):
+        targets = np.append(window[1:], NO_TARGET)
+        for start in range(0, len(window), CHUNK_POSITIONS):
+            stop = min(start + CHUNK_POSITIONS, len(window))
+            expected = reference(index, start, stop)
+            if expected.shape[1] != logits.shape[1]:
+                raise StageError(
+                    f"the artifact's vocabulary is {logits.shape[1]}, the checkpoint's is "
+                    f"{expected.shape[1]}",
+                    where="the logits' last axis",
+                    remedy="validate the artifact against the checkpoint it was made from",
+                )
+            part = compare_logits(expected, logits[start:stop], targets[start:stop])
+            bad = part.first_non_finite()
+            if bad is not None:
+                raise StageError(
+                    f"the artifact's logits are not finite (NaN or infinity): window {index}, "
+                    f"position {start + bad}",
+                    where="the artifact's output",
+                    remedy="in fp16 this is mostly an overflow: see the overflow scan of the cast "
+                    "stage, or keep the named tensors in fp32",
+                )
+            parts.append(part)
+        if advance is not None:
+            advance(len(window), f"window {index}")
+    return PositionStatistics.concatenate(parts)

@@ -1,0 +1,281 @@
+"""Runs an ONNX artifact in an ONNX Runtime session, and finds out where its nodes ran."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phiconv.errors import EnvironmentLacksError, StageError
+from phiconv.report.results import Provenance
+from phiconv.runtimes.device import describe_device
+from phiconv.runtimes.providers import CPU, ProviderChoice
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from phiconv.runtimes import ArtifactFolder
+
+MODEL_FILE = "model.onnx"
+LOGITS = "logits"
+
+COMPUTE_OPERATORS = frozenset(
+    {
+        "Attention",
+        "Gemm",
+        "GroupQueryAttention",
+        "MatMul",
+        "MatMulNBits",
+        "MultiHeadAttention",
+    }
+)
+"""Operators that do the work: none of them may be elsewhere than on the provider in use."""
+
+_NUMPY_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+
+
+class Session:
+    """An artifact's model.onnx in an ONNX Runtime session, used with an empty KV cache.
+
+    Args:
+        folder: A folder with model.onnx (or one other .onnx file) and its external data.
+        choice: Where it is to run, and what the recipe wanted; `provider` must not be None.
+        threads: Intra-op threads.
+
+    Raises:
+        EnvironmentLacksError: ONNX Runtime is missing, lacks the provider, or cannot start it.
+        StageError: The model cannot be loaded, has no logits, or a node that does the work was
+            placed on another provider than the chosen one.
+    """
+
+    def __init__(self, folder: ArtifactFolder, choice: ProviderChoice, threads: int):
+        if choice.provider is None:
+            raise ValueError("no provider to open a session on")
+        self._folder = folder
+        self._choice = choice
+        self._threads = threads
+        self._file = model_file(folder.path)
+        ort = _import_onnxruntime()
+        self._version = str(ort.__version__)
+        self._session = _create(ort, self._file, choice.provider, threads)
+        self._placement = _placement(self._session)
+        check_placement(self._placement, choice.provider, str(self._file))
+        outputs = {output.name: output for output in self._session.get_outputs()}
+        if LOGITS not in outputs:
+            raise StageError(
+                f"the model has no output {LOGITS!r}, only {', '.join(outputs)}",
+                where=str(self._file),
+            )
+
+    def logits(self, windows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        """Yields the logits of each window, see `phiconv.runtimes.Runtime.logits`."""
+        for index, window in enumerate(windows):
+            where = f"{self._file}, window {index}"
+            feeds = self._feeds(window[None])
+            try:
+                (logits,) = self._session.run([LOGITS], feeds)
+            except _runtime_errors() as error:
+                raise StageError(f"ONNX Runtime failed: {error}", where=where) from error
+            yield all_positions(logits, len(window), where)
+
+    def provenance(self) -> Provenance:
+        """Says where the nodes were placed, and with which options the session was made."""
+        provider = self._session.get_providers()[0]
+        name, driver = describe_device(provider)
+        options = {"graph_optimization_level": "all", "execution_mode": "sequential"}
+        for key, value in self._session.get_provider_options().get(provider, {}).items():
+            options[f"{provider}.{key}"] = str(value)
+        return Provenance(
+            runtime="onnxruntime",
+            runtime_version=self._version,
+            target_provider=self._choice.target,
+            provider=provider,
+            device=name,
+            driver=driver,
+            threads=self._threads,
+            options=options,
+            placement=self._placement,
+        )
+
+    def _feeds(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The inputs of one prefill of `ids` [1, T]: an empty KV cache, every token attended."""
+        import numpy as np
+
+        length = ids.shape[1]
+        ready = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, length), dtype=np.int64),
+            "position_ids": np.arange(length, dtype=np.int64)[None],
+        }
+        feeds = {}
+        for node in self._session.get_inputs():
+            if node.type not in _NUMPY_TYPES:
+                raise StageError(
+                    f"input {node.name} has the type {node.type}", where=str(self._file)
+                )
+            dtype = np.dtype(_NUMPY_TYPES[node.type])
+            if node.name in ready:
+                feeds[node.name] = ready[node.name].astype(dtype)
+            elif node.name.startswith("past_key_values."):
+                feeds[node.name] = np.zeros(self._empty_cache_shape(node), dtype=dtype)
+            else:
+                raise StageError(
+                    f"the model has an input {node.name!r}, which no decoder with a KV cache has",
+                    where=str(self._file),
+                    remedy="export it with phiconv or the ONNX Runtime GenAI model builder",
+                )
+        return feeds
+
+    def _empty_cache_shape(self, node: Any) -> tuple[int, int, int, int]:
+        """[1, kv_heads, 0, head_size] of a `past_key_values.N.key` input."""
+        shape = list(node.shape)
+        heads = shape[1] if len(shape) == 4 else None
+        head_size = shape[3] if len(shape) == 4 else None
+        if not isinstance(head_size, int):
+            head_size = _genai_decoder(self._folder.path).get("head_size", self._folder.head_size)
+        if not isinstance(heads, int):
+            heads = _genai_decoder(self._folder.path).get("num_key_value_heads")
+        if not isinstance(heads, int) or not isinstance(head_size, int):
+            raise StageError(
+                f"cannot tell the shape of the KV cache input {node.name} from {shape}",
+                where=str(self._file),
+                remedy="put the artifact's genai_config.json beside it",
+            )
+        return (1, heads, 0, head_size)
+
+
+def model_file(path: Path) -> Path:
+    """The artifact's model.onnx, or its only .onnx file.
+
+    Raises:
+        StageError: There is none, or several and none is called model.onnx.
+    """
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    found = sorted(path.glob("*.onnx"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise StageError(f"wanted {MODEL_FILE}, the .onnx files are: {names}", where=str(path))
+    return found[0]
+
+
+def all_positions(logits: NDArray[Any], length: int, where: str) -> NDArray[np.float32]:
+    """Checks that `logits` are [1, T, V] for all T positions and returns [T, V] float32.
+
+    Raises:
+        StageError: The graph gives another shape, such as the last position alone.
+    """
+    import numpy as np
+
+    if logits.ndim != 3 or logits.shape[:2] != (1, length):
+        raise StageError(
+            f"the model gives logits of shape {list(logits.shape)} for {length} tokens",
+            where=where,
+            remedy="validation takes the logits of every position: export without pruning them",
+        )
+    window: NDArray[np.float32] = logits[0].astype(np.float32, copy=False)
+    return window
+
+
+def check_placement(placement: Mapping[str, Mapping[str, int]], provider: str, where: str) -> None:
+    """Refuses a session in which a node that does the work is on another provider.
+
+    Args:
+        placement: Provider -> operator type -> number of nodes.
+        provider: The provider they should be on.
+        where: The model, for the error.
+
+    Raises:
+        StageError: Naming the operators, their number and where they are.
+    """
+    strays = [
+        f"{count} {operator} on {found}"
+        for found, operators in placement.items()
+        if found != provider
+        for operator, count in sorted(operators.items())
+        if operator in COMPUTE_OPERATORS
+    ]
+    if strays:
+        raise StageError(
+            f"nodes fell back from {provider}: {', '.join(strays)}",
+            where=where,
+            remedy="export for the provider the session runs on, or use a runtime version whose "
+            "provider supports these nodes",
+        )
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentLacksError(
+            f"onnxruntime cannot be imported: {error}", remedy="pip install 'phiconv[cpu]'"
+        ) from error
+    return onnxruntime
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: classes of its own, derived from Exception, and builtin ones."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = (value for value in vars(state).values() if isinstance(value, type))
+    return (*(value for value in own if issubclass(value, Exception)), RuntimeError, ValueError)
+
+
+def _create(ort: Any, file: Path, provider: str, threads: int) -> Any:
+    if provider not in ort.get_available_providers():
+        raise EnvironmentLacksError(
+            f"the installed onnxruntime {ort.__version__} has no {provider}, "
+            f"only {', '.join(ort.get_available_providers())}",
+            remedy="install exactly one of onnxruntime, onnxruntime-gpu, onnxruntime-directml",
+        )
+    if provider == "CUDAExecutionProvider":
+        ort.preload_dlls()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if provider == "DmlExecutionProvider":
+        options.enable_mem_pattern = False  # DirectML's own requirement
+    providers = [provider] if provider == CPU else [provider, CPU]
+    try:
+        session = ort.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
+    except _runtime_errors() as error:
+        raise StageError(f"ONNX Runtime cannot load the model: {error}", where=str(file)) from error
+    if session.get_providers()[0] != provider:
+        raise EnvironmentLacksError(
+            f"{provider} is installed but did not start",
+            where=str(file),
+            remedy="check the driver and the provider's libraries (phiconv doctor)",
+        )
+    return session
+
+
+def _placement(session: Any) -> dict[str, dict[str, int]]:
+    """Provider -> operator type -> number of nodes, as ONNX Runtime recorded it."""
+    counts: dict[str, Counter[str]] = {}
+    for subgraph in session.get_provider_graph_assignment_info():
+        operators = counts.setdefault(subgraph.ep_name, Counter())
+        operators.update(node.op_type for node in subgraph.get_nodes())
+    return {name: dict(sorted(counts[name].items())) for name in sorted(counts)}
+
+
+def _genai_decoder(path: Path) -> dict[str, Any]:
+    """The `model.decoder` section of the artifact's genai_config.json; empty without one."""
+    file = path / "genai_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        decoder = json.loads(file.read_text(encoding="utf-8"))["model"]["decoder"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StageError(f"not a genai_config.json: {error!r}", where=str(file)) from error
+    return decoder if isinstance(decoder, dict) else {}

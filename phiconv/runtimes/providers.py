@@ -1,0 +1,65 @@
+"""ONNX Runtime execution providers by their short names, and what happens without one.
+
+Nothing here imports onnxruntime: a plan must show what is missing in a fraction of a second. The
+exact check, that a session really runs on the provider, is made when the session is opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phiconv import machine
+from phiconv.errors import EnvironmentLacksError
+
+Provider = Literal["cpu", "cuda", "dml"]
+WhenMissing = Literal["require", "fallback-cpu", "skip"]
+
+CPU = machine.CPU
+PROVIDERS: dict[Provider, str] = {"cpu": machine.CPU, "cuda": machine.CUDA, "dml": machine.DML}
+REMEDIES: dict[Provider, str] = {
+    "cpu": "pip install 'phiconv[cpu]'",
+    "cuda": "on a machine with an NVIDIA GPU and its driver: pip install 'phiconv[cuda]'; "
+    "or set when_missing: fallback-cpu or skip",
+    "dml": "on Windows with a DirectX 12 GPU: pip install 'phiconv[dml]'; "
+    "or set when_missing: fallback-cpu or skip",
+}
+
+
+@dataclass(frozen=True)
+class ProviderChoice:
+    """Which execution provider a validation runs on, both by ONNX Runtime's own names.
+
+    `provider` is None when the target is missing and the recipe says to skip.
+    """
+
+    target: str
+    provider: str | None
+
+
+def choose(provider: Provider, when_missing: WhenMissing) -> ProviderChoice:
+    """Decides where a validation runs.
+
+    Args:
+        provider: The provider the recipe asks for.
+        when_missing: What the recipe says happens without it: `require` is an error,
+            `fallback-cpu` runs the same graph on the CPU provider, `skip` runs nothing.
+
+    Raises:
+        EnvironmentLacksError: The provider is missing and required; or the CPU provider is
+            missing and would have to stand in.
+    """
+    target = PROVIDERS[provider]
+    present = machine.providers()
+    if target in present:
+        return ProviderChoice(target, target)
+    if when_missing == "skip":
+        return ProviderChoice(target, None)
+    if when_missing == "require" or CPU not in present:
+        lacking: Provider = provider if when_missing == "require" else "cpu"
+        raise EnvironmentLacksError(
+            f"{PROVIDERS[lacking]} is not present on this machine",
+            where="provider",
+            remedy=REMEDIES[lacking],
+        )
+    return ProviderChoice(target, CPU)

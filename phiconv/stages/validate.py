@@ -1,0 +1,278 @@
+"""Stage `validate`: an ONNX artifact's logits against the reference's, on the same tokens.
+
+The gates are no part of what is measured: `phiconv.gates.judge` applies them afterwards, so a
+changed limit never runs a model again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError
+from phiconv.stages.reference import TokenSetParams, check_tokens
+from phiconv.stages.stage import (
+    JSON,
+    MEASUREMENT,
+    ONNX,
+    REFERENCE,
+    Prerequisite,
+    Requirement,
+    StageContext,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from phiconv.checkpoint import ModelConfig
+    from phiconv.metrics import PositionStatistics
+    from phiconv.report.results import Measurement
+    from phiconv.runtimes import GeneratingRuntime
+    from phiconv.runtimes.providers import ProviderChoice
+    from phiconv.runtimes.reference import LanguageModelHead
+    from phiconv.runtimes.stored_reference import StoredReference
+
+POSITIONS_FILE = "positions.npz"
+
+# The generation checks: as many windows, starting from as many of their tokens.
+_PROMPTS = 2
+_PROMPT_TOKENS = 32
+
+
+class Gate(BaseModel):
+    """The values of a metric that pass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: float | None = Field(None, description="Least value that passes.")
+    max: float | None = Field(None, description="Greatest value that passes.")
+
+
+class ValidateParams(TokenSetParams):
+    """Parameters of `validate`."""
+
+    provider: Literal["cpu", "cuda", "dml"] = Field(
+        "cpu",
+        description="Execution provider to run on: CPUExecutionProvider, CUDAExecutionProvider "
+        "or DmlExecutionProvider.",
+    )
+    when_missing: Literal["require", "fallback-cpu", "skip"] = Field(
+        "require",
+        description="What happens on a machine without the provider: require ends with exit code "
+        "5, fallback-cpu runs the same graph on the CPU and says so, skip runs nothing, which "
+        "never counts as passed.",
+    )
+    runtime: Literal["onnxruntime", "onnxruntime-genai"] = Field(
+        "onnxruntime",
+        description="What runs the artifact; onnxruntime-genai also decodes token by token and "
+        "generates.",
+    )
+    generate_tokens: int = Field(
+        64, ge=1, description="Tokens of the greedy generation, with runtime: onnxruntime-genai."
+    )
+    gates: dict[str, Gate] = Field(
+        default_factory=dict,
+        description="Metric name to the least (min) and greatest (max) value that passes.",
+    )
+
+    def limits(self) -> dict[str, dict[Literal["min", "max"], float]]:
+        """The gates as `phiconv.gates` takes them."""
+        limits: dict[str, dict[Literal["min", "max"], float]] = {}
+        for name, gate in self.gates.items():
+            limits[name] = {}
+            if gate.min is not None:
+                limits[name]["min"] = gate.min
+            if gate.max is not None:
+                limits[name]["max"] = gate.max
+        return limits
+
+
+class Validate:
+    """Measures the artifact; makes measurement.json and the per-position values."""
+
+    name: ClassVar[str] = "validate"
+    version: ClassVar[int] = 1
+    params: ClassVar[type[ValidateParams]] = ValidateParams
+    accepts: ClassVar[tuple[str, ...]] = (ONNX,)
+    produces: ClassVar[str] = MEASUREMENT
+
+    def tools(self) -> tuple[str, ...]:
+        return ("numpy", "onnxruntime", "onnxruntime-genai", "torch")
+
+    def check(self, params: ValidateParams, config: ModelConfig) -> list[PhiconvError]:
+        from phiconv.gates import check_gates
+
+        errors = check_tokens(params, config, self.name)
+        generates = params.runtime == "onnxruntime-genai"
+        if generates and _PROMPT_TOKENS + params.generate_tokens > config.max_position_embeddings:
+            errors.append(
+                RecipeError(
+                    f"generate_tokens {params.generate_tokens} after a prompt of {_PROMPT_TOKENS} "
+                    f"exceeds the model's context of {config.max_position_embeddings}",
+                    where=f"{self.name}: generate_tokens",
+                )
+            )
+        errors += check_gates(params.limits(), generates=generates, where=f"{self.name}: gates")
+        return errors
+
+    def key_params(self, params: ValidateParams) -> dict[str, JSON]:
+        from phiconv.runtimes.providers import PROVIDERS, choose
+
+        target = PROVIDERS[params.provider]
+        try:
+            provider = choose(params.provider, params.when_missing).provider
+        except EnvironmentLacksError:
+            provider = target  # the plan says what is missing; nothing will be made
+        key: dict[str, JSON] = {"runtime": params.runtime, "target": target, "provider": provider}
+        if params.runtime == "onnxruntime-genai":
+            key["generate_tokens"] = params.generate_tokens
+        return key
+
+    def requires(self, params: ValidateParams) -> tuple[Requirement, ...]:
+        from phiconv.runtimes.providers import PROVIDERS, REMEDIES
+
+        optional = params.when_missing != "require"
+        needed = [
+            Requirement("provider", PROVIDERS[params.provider], optional, REMEDIES[params.provider])
+        ]
+        if params.runtime == "onnxruntime-genai":
+            remedy = REMEDIES[params.provider]
+            needed.append(Requirement("module", "onnxruntime_genai", remedy=remedy))
+        return tuple(needed)
+
+    def prerequisites(self, params: ValidateParams) -> tuple[Prerequisite, ...]:
+        """The reference on the same tokens."""
+        shared = params.model_dump(mode="json", include=set(TokenSetParams.model_fields))
+        return (Prerequisite("reference", "reference", shared),)
+
+    def run(self, params: ValidateParams, ctx: StageContext) -> dict[str, JSON]:
+        from phiconv.report.document import MEASUREMENT_FILE, measurement_json
+        from phiconv.report.results import Measurement, Provenance
+        from phiconv.runtimes.providers import choose
+        from phiconv.runtimes.stored_reference import load_reference
+
+        choice = choose(params.provider, params.when_missing)
+        reference = load_reference(ctx.input(REFERENCE).path)
+        if choice.provider is None:
+            nowhere = Provenance(params.runtime, "", choice.target, None)
+            measurement = Measurement("not_run", reference.tokens, nowhere)
+        else:
+            measurement = _measure(params, choice, reference, ctx)
+        text = measurement_json(measurement)
+        (ctx.out / MEASUREMENT_FILE).write_text(text, encoding="utf-8", newline="\n")
+        return {
+            "status": measurement.status,
+            "provider": measurement.provenance.provider,
+            "tokens": int(reference.windows.size),
+        }
+
+
+def _measure(
+    params: ValidateParams, choice: ProviderChoice, reference: StoredReference, ctx: StageContext
+) -> Measurement:
+    """Runs the artifact and compares it; writes the per-position values to `ctx.out`."""
+    from phiconv.metrics import compare_windows, summarise
+    from phiconv.report.distribution import kl_by_position, kl_histogram
+    from phiconv.report.results import Measurement
+    from phiconv.runtimes import RUNTIMES, ArtifactFolder, GeneratingRuntime
+    from phiconv.runtimes.reference import LanguageModelHead
+
+    folder = ArtifactFolder(ctx.input(ONNX).path, ctx.checkpoint.config.head_dim)
+    head = LanguageModelHead(ctx.checkpoint, device=params.reference_device, threads=ctx.threads)
+    shape = reference.windows.shape
+    ctx.progress.start(int(reference.windows.size), "tokens")
+    runtime = RUNTIMES[params.runtime](folder, choice, ctx.threads)
+    positions = compare_windows(
+        reference.windows,
+        runtime.logits(reference.windows),
+        lambda window, start, stop: head.logits(reference.hidden[window, start:stop]),
+        ctx.progress.advance,
+    )
+    metrics: dict[str, float | None] = {**summarise(positions)}
+    if isinstance(runtime, GeneratingRuntime):
+        metrics |= _generation_metrics(runtime, params, reference.windows, head, ctx)
+    _save_positions(ctx.out / POSITIONS_FILE, positions, shape)
+    kl_divergence = positions.kl_divergence.reshape(shape)
+    return Measurement(
+        status="measured",
+        tokens=reference.tokens,
+        provenance=runtime.provenance(),
+        metrics=metrics,
+        kl_histogram=kl_histogram(kl_divergence),
+        kl_by_position=kl_by_position(kl_divergence),
+    )
+
+
+def _generation_metrics(
+    runtime: GeneratingRuntime,
+    params: ValidateParams,
+    windows: NDArray[np.int64],
+    head: LanguageModelHead,
+    ctx: StageContext,
+) -> dict[str, float]:
+    """Decoding against prefill on one window, and greedy generation against the reference's."""
+    import numpy as np
+
+    from phiconv.metrics.summary import decode_error, greedy_agreement
+
+    window = windows[0][: 2 * _PROMPT_TOKENS]
+    prefill = next(iter(runtime.logits(window[None])))
+    start = len(window) // 2
+    decoded = runtime.decode_logits(window, start)
+
+    prompts = [window[:_PROMPT_TOKENS] for window in windows[:_PROMPTS]]
+    generated = [runtime.generate(prompt, params.generate_tokens) for prompt in prompts]
+    expected = _reference_choices(prompts, generated, params, head, ctx)
+    return {
+        "decode_error.max": decode_error(prefill[start:], decoded),
+        "greedy_agreement": greedy_agreement(np.concatenate(generated), expected),
+    }
+
+
+def _reference_choices(
+    prompts: Sequence[NDArray[np.int64]],
+    generated: Sequence[NDArray[np.int64]],
+    params: ValidateParams,
+    head: LanguageModelHead,
+    ctx: StageContext,
+) -> NDArray[np.int64]:
+    """What the reference ranks first at each generated token, given the tokens before it.
+
+    One pass of the reference over the finished sequences: no generation of its own, so its memory
+    stays that of one layer.
+    """
+    import numpy as np
+
+    from phiconv.runtimes.reference import final_hidden_states
+
+    ends = [len(p) + len(g) for p, g in zip(prompts, generated, strict=True)]
+    # attention is causal: what stands after a sequence's end changes nothing before it
+    sequences = np.zeros((len(prompts), max(ends)), dtype=np.int64)
+    for row, prompt, tokens in zip(sequences, prompts, generated, strict=True):
+        row[: len(prompt) + len(tokens)] = np.concatenate([prompt, tokens])
+    hidden = final_hidden_states(
+        ctx.checkpoint, sequences, device=params.reference_device, threads=ctx.threads
+    )
+    rows = [
+        head.logits(states[len(prompt) - 1 : end - 1]).argmax(axis=1)
+        for states, prompt, end in zip(hidden, prompts, ends, strict=True)
+    ]
+    return np.concatenate(rows)
+
+
+def _save_positions(file: Path, positions: PositionStatistics, shape: tuple[int, ...]) -> None:
+    """Per-position values [n, T] for plots and for a closer look."""
+    import numpy as np
+
+    np.savez(
+        file,
+        kl_divergence=positions.kl_divergence.astype(np.float32).reshape(shape),
+        top1_equal=positions.top1_equal.reshape(shape),
+        reference_log_probability=positions.reference_log_probability.reshape(shape),
+        candidate_log_probability=positions.candidate_log_probability.reshape(shape),
+    )
