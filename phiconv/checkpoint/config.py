@@ -13,6 +13,9 @@ from phiconv.checkpoint.rope import RopeParameters, RopeScaling, check_rotary_di
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
+MAX_LAYERS = 4096
+"""Far above any model; a larger number is a damaged or hostile config."""
+
 SUPPORTED_ARCHITECTURE = "Phi3ForCausalLM"
 UNSUPPORTED_ARCHITECTURES: Mapping[str, str] = {
     "Phi3SmallForCausalLM": "Phi-3-small: block-sparse attention",
@@ -179,7 +182,7 @@ def _read(cls: type[ModelConfig], keys: ConfigKeys) -> ModelConfig:
         vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=keys.integer("intermediate_size"),
-        num_hidden_layers=keys.integer("num_hidden_layers"),
+        num_hidden_layers=keys.integer("num_hidden_layers", maximum=MAX_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=keys.integer("num_key_value_heads", heads),
         head_dim=keys.integer("head_dim", max(hidden_size // heads, 1)),

@@ -8,6 +8,8 @@ from typing import Any
 
 from phiconv.errors import CheckpointError
 
+MAX_INTEGER = 2**31 - 1
+
 
 class ConfigKeys:
     """The keys of one JSON object of a config, read by type.
@@ -51,8 +53,14 @@ class ConfigKeys:
         """Whether `key` holds something other than null, false or an empty object."""
         return bool(self._values.get(key))
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`; required when there is no default."""
+    def integer(
+        self,
+        key: str,
+        default: int | None = None,
+        minimum: int = 1,
+        maximum: int = MAX_INTEGER,
+    ) -> int:
+        """An integer from `minimum` to `maximum`; required when there is no default."""
         value = self._values.get(key)
         if value is None:
             return self._default(key, default, minimum)
@@ -61,6 +69,9 @@ class ConfigKeys:
             return minimum
         if value < minimum:
             self.refuse(key, f"must be at least {minimum}, not {value}")
+            return minimum
+        if value > maximum:
+            self.refuse(key, f"must be at most {maximum}, not {value}")
             return minimum
         return value
 

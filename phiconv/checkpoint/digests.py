@@ -138,6 +138,18 @@ def digest_files(
     return [(cached | hashed)[path].digest for path in paths]
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        CheckpointError: There is no such file.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
 class DigestCache:
     """Digests of files, kept in one small file in a folder.
 
@@ -171,7 +183,8 @@ class DigestCache:
         with self._lock:
             entries = self._load()
             entries |= {_key(path): entry for path, entry in digests.items() if entry.settled}
-            self._save({key: entry for key, entry in entries.items() if Path(key).exists()})
+            # unlike Path.exists, it raises nothing when a folder may not be entered
+            self._save({k: entry for k, entry in entries.items() if os.path.exists(k)})  # noqa: PTH110
 
     def _load(self) -> dict[str, FileDigest]:
         try:

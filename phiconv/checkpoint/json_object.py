@@ -27,10 +27,14 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         )
     # a hostile file can nest deeper than the parser can follow
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
+        raise CheckpointError(
+            f"not valid JSON: {error}", where=where, remedy="download or copy the file again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"must hold a JSON object, but holds {type(value).__name__}", where=where
+            f"must hold a JSON object, but holds {type(value).__name__}",
+            where=where,
+            remedy="download or copy the file again",
         )
     return value
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phiconv.checkpoint.config import EMBEDDING, LM_HEAD, ModelConfig
-from phiconv.checkpoint.digests import DigestCache, OnBytes, digest_files
+from phiconv.checkpoint.digests import DigestCache, OnBytes, digest_files, file_size
 from phiconv.checkpoint.folder import CONFIG, member, shaping_files
 from phiconv.checkpoint.json_object import read_json_object
 from phiconv.checkpoint.problems import NAMES_SHOWN, attempt, combined, name_list
@@ -65,16 +65,17 @@ class Checkpoint:
         self.files: tuple[str, ...] = shaping_files(names)
         errors: list[CheckpointError] = []
         raw_config = attempt(errors, read_config, self.path)
-        config = raw_config and attempt(
-            errors, ModelConfig.from_dict, raw_config, str(self.path / CONFIG)
-        )
+        config = None
+        if raw_config is not None:
+            where = str(self.path / CONFIG)
+            config = attempt(errors, ModelConfig.from_dict, raw_config, where)
         weights = attempt(errors, open_weights, self.path, names)
         for name in self.files:
             if name != CONFIG:
                 attempt(errors, member, self.path, name)
         if config and weights:
             errors.extend(_check_tensors(config, weights.tensors, str(self.path)))
-        if errors or not raw_config or not config or not weights:
+        if errors or raw_config is None or config is None or weights is None:
             raise combined(errors)
         self.raw_config: dict[str, Any] = raw_config
         self.config: ModelConfig = config
@@ -173,7 +174,7 @@ class Checkpoint:
     @property
     def file_nbytes(self) -> int:
         """Bytes of all files that shape the output."""
-        return sum((self.path / n).stat().st_size for n in (*self.files, *self.weight_files))
+        return sum(file_size(self.path / name) for name in (*self.files, *self.weight_files))
 
     @property
     def digests(self) -> dict[str, str]:

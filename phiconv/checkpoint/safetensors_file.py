@@ -156,17 +156,17 @@ def _read_header(handle: FileIO, size: int, where: str) -> tuple[dict[str, Any],
         raise _truncated(where, "at least 8", size)
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(
+        raise _damaged(
             f"not a safetensors file: its header would be {length} bytes long "
             f"(the limit is {MAX_HEADER_BYTES})",
-            where=where,
+            where,
         )
     if size < 8 + length:
         raise _truncated(where, f"at least {8 + length}", size)
     handle.seek(8)
     data = _read_exactly(handle, length, where)
     if not data.startswith(b"{"):
-        raise CheckpointError("not a safetensors file: its header is no JSON object", where=where)
+        raise _damaged("not a safetensors file: its header is no JSON object", where)
     return parse_json_object(data, f"{where} (header)"), 8 + length
 
 
@@ -198,10 +198,10 @@ def _parse_tensors(
         stored, itemsize = _DTYPES[dtype]
         nbytes = math.prod(shape) * itemsize
         if end - begin != nbytes:
-            raise CheckpointError(
+            raise _damaged(
                 f"tensor {name!r}: {dtype} of shape {list(shape)} takes {nbytes} bytes, "
                 f"but its data_offsets span {end - begin}",
-                where=where,
+                f"{where} (header)",
             )
         tensors[name] = TensorInfo(name, stored, shape, nbytes, file, data_start + begin)
     _check_tiling(sorted(ranges), size, data_start, where)
@@ -212,7 +212,7 @@ def _parse_tensors(
 
 def _parse_entry(name: str, entry: Any, where: str) -> tuple[str, tuple[int, ...], int, int]:
     def malformed(what: str) -> CheckpointError:
-        return CheckpointError(f"tensor {name!r}: {what}", where=f"{where} (header)")
+        return _damaged(f"tensor {name!r}: {what}", f"{where} (header)")
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise malformed("its entry must hold exactly dtype, shape and data_offsets")
@@ -240,26 +240,26 @@ def _check_tiling(
     for begin, end, name in ranges:
         if begin != position:
             fault = "overlaps the tensor before it" if begin < position else "leaves a hole"
-            raise CheckpointError(
+            raise _damaged(
                 f"tensor {name!r} {fault}: it begins at byte {begin} of the data, not {position}",
-                where=f"{where} (header)",
+                f"{where} (header)",
             )
         position = end
     expected = data_start + position
     if size < expected:
         raise _truncated(where, str(expected), size)
     if size > expected:
-        raise CheckpointError(
-            f"the file is {size} bytes long, but its header accounts for {expected}", where=where
+        raise _damaged(
+            f"the file is {size} bytes long, but its header accounts for {expected}", where
         )
 
 
+def _damaged(message: str, where: str) -> CheckpointError:
+    return CheckpointError(message, where=where, remedy="download or copy this file again")
+
+
 def _truncated(where: str, expected: str, actual: int) -> CheckpointError:
-    return CheckpointError(
-        f"the file is truncated: expected {expected} bytes, found {actual}",
-        where=where,
-        remedy="download or copy this file again",
-    )
+    return _damaged(f"the file is truncated: expected {expected} bytes, found {actual}", where)
 
 
 def _changed(where: str) -> CheckpointError:

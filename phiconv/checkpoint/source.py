@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PureWindowsPath
+import os
+from pathlib import PureWindowsPath
 
 from phiconv.checkpoint.config import ModelConfig
 from phiconv.checkpoint.digests import DigestCache, OnBytes
@@ -38,8 +39,15 @@ def resolve(
         CheckpointError: The checkpoint is incomplete, broken or unsupported.
         EnvironmentLacksError: The folder or model does not exist, or cannot be downloaded.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    if not source:
+        raise RecipeError(
+            "the model's source is empty",
+            where="model.source",
+            remedy="give a folder, or an id such as microsoft/Phi-3-mini-4k-instruct",
+        )
+    # unlike those of Path, these raise nothing for a path that cannot exist
+    folder = os.path.expanduser(source)  # noqa: PTH111
+    if os.path.isdir(folder):  # noqa: PTH112
         if revision is not None:
             raise RecipeError(
                 f"a revision belongs to a model on the Hub, but {source!r} is a folder here",
@@ -68,8 +76,8 @@ def looks_like_path(source: str) -> bool:
     )
 
 
-def _refuse_path(source: str, folder: Path) -> None:
-    if folder.exists():
+def _refuse_path(source: str, folder: str) -> None:
+    if os.path.exists(folder):  # noqa: PTH110
         raise RecipeError(
             f"{source!r} is a file; a checkpoint is a folder",
             where="model.source",

@@ -85,7 +85,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
     outside = sorted({shard for shard in weight_map.values() if not is_relative_name(shard)})
     if outside:
         raise CheckpointError(
-            f"{name_list(outside)} leads out of the checkpoint's folder", where=str(index)
+            f"{name_list(outside)} leads out of the checkpoint's folder",
+            where=str(index),
+            remedy="trust no checkpoint that asks for files elsewhere",
         )
     return weight_map
 

@@ -152,6 +152,8 @@ def test_unsupported_architectures_are_named_with_the_reason(architecture, reaso
         ({"vocab_size": "352"}, "vocab_size must be an integer, not '352'"),
         ({"vocab_size": True}, "vocab_size must be an integer, not True"),
         ({"vocab_size": None}, "vocab_size is missing"),
+        ({"vocab_size": 2**31}, "vocab_size must be at most 2147483647, not 2147483648"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be at most 4096"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, not 0"),
         ({"num_attention_heads": 12}, r"hidden_size \(128\) must be a multiple of num_attention"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key"),

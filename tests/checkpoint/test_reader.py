@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -172,6 +174,16 @@ def test_digests_cover_every_file_that_shapes_the_output(sharded, tmp_path):
         shutil.rmtree(copy)
 
 
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = {"numpy", "ml_dtypes", "huggingface_hub", "tqdm", "blake3", "torch", "transformers"}
+    program = "import sys, phiconv.checkpoint; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert not heavy & set(done.stdout.split())
+
+
 def test_an_empty_folder(tmp_path):
     error = refusal(tmp_path)
     assert error.message == "the folder is empty"
@@ -203,6 +215,7 @@ def test_a_missing_config(single):
     [
         (b"{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
+        (b"{}", "architectures is missing"),
         (b"[]", "must hold a JSON object, but holds list"),
         (b'{"vocab_size": 1, "vocab_size": 2}', "the key 'vocab_size' stands twice"),
     ],
