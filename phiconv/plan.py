@@ -76,7 +76,9 @@ class Step:
     @property
     def ref(self) -> InputRef:
         """This step as an input of others."""
-        return InputRef(self.id, self.stage.produces, self.key, self.path)
+        made_by = [item for source in self.inputs for item in source.made_by]
+        made_by.append((self.stage.name, self.params))
+        return InputRef(self.id, self.stage.produces, self.key, self.path, tuple(made_by))
 
 
 @dataclass(frozen=True)

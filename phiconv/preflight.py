@@ -12,30 +12,39 @@ from phiconv.workspace import Workspace
 from phiconv.workspace.disk import free_bytes, same_device, size_text
 
 
-def preflight(plans: Sequence[Plan], workspace: Workspace, out: Path) -> None:
+def preflight(builds: Sequence[tuple[Plan, Path]], workspace: Workspace) -> None:
     """Makes sure before any work that this machine can do it.
 
     Args:
-        plans: What will be built.
+        builds: Plans and their output folders.
         workspace: Where artifacts are made.
-        out: Where they are published.
 
     Raises:
         EnvironmentLacksError: A provider, package, memory or disk space is missing (`Problems`
             for several); the numbers are in the message.
     """
-    errors: list[PhiconvError] = []
-    for plan in plans:
-        for step in plan.to_build:
-            for item in step.missing:
-                if not item.optional:
-                    message = f"stage {step.id!r} needs {item.name}, which is not present"
-                    errors.append(
-                        EnvironmentLacksError(message, where=step.place, remedy=item.remedy)
-                    )
-    errors += _memory_errors(plans) + _disk_errors(plans, workspace, out)
+    plans = [plan for plan, _ in builds]
+    errors = [
+        *(error for plan in plans for error in lacking(plan)),
+        *_memory_errors(plans),
+        *_disk_errors(builds, workspace),
+    ]
     if errors:
         raise errors[0] if len(errors) == 1 else Problems(errors)
+
+
+def lacking(plan: Plan) -> list[PhiconvError]:
+    """What the steps to build require and this machine has not, and cannot do without."""
+    return [
+        EnvironmentLacksError(
+            f"stage {step.id!r} needs {item.name}, which is not present",
+            where=step.place,
+            remedy=item.remedy,
+        )
+        for step in plan.to_build
+        for item in step.missing
+        if not item.optional
+    ]
 
 
 def _memory_errors(plans: Sequence[Plan]) -> list[PhiconvError]:
@@ -47,24 +56,20 @@ def _memory_errors(plans: Sequence[Plan]) -> list[PhiconvError]:
     return [EnvironmentLacksError(message + size_text(present))]
 
 
-def _disk_errors(plans: Sequence[Plan], workspace: Workspace, out: Path) -> list[PhiconvError]:
-    steps = {step.key: step for plan in plans for step in plan.to_build}
+def _disk_errors(builds: Sequence[tuple[Plan, Path]], workspace: Workspace) -> list[PhiconvError]:
+    steps = {step.key: step for plan, _ in builds for step in plan.to_build}
     needed = sum(step.estimate.disk_bytes for step in steps.values() if step.estimate)
     wanted = [(workspace.home, needed, "set PHICONV_HOME to a larger disk")]
-    if not same_device(workspace.home, out):
-        copied = [plan.step(plan.shipped).estimate for plan in plans]
-        size = sum(estimate.disk_bytes for estimate in copied if estimate)
-        wanted.append((out, size, "set --out to a larger disk"))
-    errors: list[PhiconvError] = []
-    for place, size, remedy in wanted:
-        free = free_bytes(place)
-        if size > free:
-            message = f"about {size_text(size)} of disk is needed, {size_text(free)} is free"
-            errors.append(
-                EnvironmentLacksError(
-                    message,
-                    where=str(place),
-                    remedy=f"free some space, `phiconv cache gc`, or {remedy}",
-                )
-            )
-    return errors
+    for plan, out in builds:
+        shipped = plan.step(plan.shipped).estimate
+        if shipped and not same_device(workspace.home, out):
+            wanted.append((out, shipped.disk_bytes, "choose a larger disk with --out"))
+    return [
+        EnvironmentLacksError(
+            f"about {size_text(size)} of disk is needed, {size_text(free)} is free",
+            where=str(place),
+            remedy=f"free some space, `phiconv cache gc`, or {remedy}",
+        )
+        for place, size, remedy in wanted
+        if size > (free := free_bytes(place))
+    ]

@@ -115,7 +115,7 @@ class PlainDisplay:
 
     def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
         """Says that a step starts."""
-        label = f"[{self._index + 1}/{self._count}] {name}"
+        label = f"[{self._index + 1}/{self._count}] {name}" if self._count else name
         self.note(f"{label}: {uses}")
         return _PlainProgress(self, label, self._clock)
 
@@ -189,7 +189,9 @@ class RichDisplay:
     def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
         """Shows a step's bar."""
         self._bars.start()
-        label = f"[{self._index + 1}/{self._count}] {name}".replace("[", r"\[")
+        self._remove_bar()
+        label = f"[{self._index + 1}/{self._count}] {name}" if self._count else name
+        label = label.replace("[", r"\[")
         memory = size_text(peak())
         self._task = self._bars.add_task(label, total=None, amount="", what=uses, peak=memory)
         return _RichProgress(self, self._bars, self._task, peak)
@@ -197,9 +199,7 @@ class RichDisplay:
     def done(self, record: StageRecord) -> None:
         """Replaces the bar by a line."""
         self._index += 1
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
+        self._remove_bar()
         label = f"[{self._index}/{self._count}] {record.id}".replace("[", r"\[")
         style = "dim" if record.cached else "green"
         self._console.print(f"{label} [{style}]{outcome(record)}[/{style}]")
@@ -211,6 +211,11 @@ class RichDisplay:
     def close(self) -> None:
         """Takes the bars away."""
         self._bars.stop()
+
+    def _remove_bar(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
 
 
 class _RichProgress:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phiconv import __version__, machine
-from phiconv.errors import EnvironmentLacksError, PhiconvError
+from phiconv.errors import EnvironmentLacksError, PhiconvError, StageError
+from phiconv.inspect import tensor_kinds
 from phiconv.plan import Plan, Step
 from phiconv.progress import Display
 from phiconv.publish import publish
@@ -19,16 +20,20 @@ from phiconv.report.results import (
     FileRecord,
     RunResult,
     StageRecord,
+    TensorKindRecord,
     Validation,
 )
 from phiconv.resources import Meter, Usage
-from phiconv.stages.stage import JSON, MEASUREMENT, Artifact, StageContext
+from phiconv.stages.stage import JSON, MEASUREMENT, ONNX, Artifact, Gated, StageContext
 from phiconv.workspace import Entry, Session, Workspace
 from phiconv.workspace.disk import disk_full, size_text
 from phiconv.workspace.entry import ARTIFACT
 
 if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
+
+TENSOR_KINDS = "tensor_kinds"
+"""The fact, noted with a written model, that reports show; so a hit need not be parsed again."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Dis
     Raises:
         PhiconvError: A stage failed; the output folder stays as it was.
     """
-    display.begin(plan.recipe.name, len(plan.steps))
+    display.begin(plan.recipe.name, sum(step.state != "unneeded" for step in plan.steps))
     runner = Runner(plan, session, threads, display)
     for target in plan.targets:
         runner.ensure(target)
@@ -164,6 +169,9 @@ class Runner:
             try:
                 facts = step.stage.run(step.params, context)
                 usage = meter.usage()
+                if step.stage.produces == ONNX:
+                    kinds = tensor_kinds(context.out)
+                    facts = {**facts, TENSOR_KINDS: [asdict(kind) for kind in kinds]}
                 entry = self._session.publish(
                     self._entry(step, folder, facts, usage), context.digests
                 )
@@ -199,10 +207,10 @@ def _explained(error: Exception, step: Step, folder: Path) -> Exception:
         about = size_text(machine.memory_bytes())
         message = f"out of memory ({about} in all): {error}"
         return EnvironmentLacksError(message, where=where, remedy="use a machine with more memory")
+    if isinstance(error, OSError):
+        return StageError(f"{error.strerror or error}", where=f"{where}: {error.filename}")
     if isinstance(error, PhiconvError):
         error.where = f"{where}: {error.where}" if error.where else where
-    else:
-        error.add_note(where)
     return error
 
 
@@ -227,8 +235,6 @@ def _is_scalar(value: Any) -> bool:
 
 def assess(plan: Plan, made: Mapping[str, Made]) -> RunResult:
     """Judges the measurements by the recipe's gates and collects what the build found out."""
-    from phiconv.inspect import tensor_kinds
-
     checkpoint, entry = plan.checkpoint, made[plan.shipped].entry
     return RunResult(
         recipe=plan.recipe.name,
@@ -246,7 +252,7 @@ def assess(plan: Plan, made: Mapping[str, Made]) -> RunResult:
         files=tuple(
             FileRecord(name, stamp.size, stamp.sha256) for name, stamp in entry.files.items()
         ),
-        tensor_kinds=tensor_kinds(entry.path),
+        tensor_kinds=tuple(TensorKindRecord(**kind) for kind in entry.facts.get(TENSOR_KINDS, ())),
         validations=tuple(
             _validation(plan, step, made[step.id].entry)
             for step in plan.steps
@@ -260,10 +266,11 @@ def assess(plan: Plan, made: Mapping[str, Made]) -> RunResult:
 
 def _validation(plan: Plan, step: Step, entry: Entry) -> Validation:
     from phiconv.gates import judge
-    from phiconv.report.measurement import read_measurement
+    from phiconv.report.document import read_measurement
 
     measurement = read_measurement(entry.path)
-    gates = judge(measurement, step.params.gates)  # type: ignore[attr-defined]
+    limits = step.params.limits() if isinstance(step.params, Gated) else {}
+    gates = judge(measurement, limits)
     return Validation(step.id, plan.step(step.inputs[0].id).id, measurement, gates)
 
 

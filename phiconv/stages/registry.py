@@ -6,9 +6,22 @@ types in `phiconv.stages.stage`, does not import them all.
 
 from __future__ import annotations
 
+from phiconv.stages.cast import Cast
+from phiconv.stages.export_onnx import ExportOnnx
+from phiconv.stages.quantize import Quantize
+from phiconv.stages.reference import Reference
 from phiconv.stages.stage import ONNX_GRAPH, Stage
+from phiconv.stages.validate import Validate
+from phiconv.stages.write_onnx import WriteOnnx
 
-STAGES: dict[str, Stage] = {}
+STAGES: dict[str, Stage] = {
+    "export-onnx": ExportOnnx(),
+    "quantize": Quantize(),
+    "cast": Cast(),
+    "write-onnx": WriteOnnx(),
+    "reference": Reference(),
+    "validate": Validate(),
+}
 
 WRITERS: dict[str, str] = {ONNX_GRAPH: "write-onnx"}
 """The stage that turns an artifact of a lazy kind into one that ships; the plan adds it."""

@@ -49,12 +49,22 @@ class Artifact:
 
 @dataclass(frozen=True)
 class InputRef:
-    """An input as it is known at plan time: `path` exists only when the input is a cache hit."""
+    """An input as it is known at plan time.
+
+    Attributes:
+        id: The id of the step that makes it.
+        kind: What the folder holds.
+        key: That step's cache key.
+        path: The folder; it exists only when the input is a cache hit.
+        made_by: Stage name and parameters of every step that led to it, inputs first: what an
+            estimate needs to know, such as the bits of a quantization.
+    """
 
     id: str
     kind: str
     key: str
     path: Path
+    made_by: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,4 +263,13 @@ class Prerequisites(Protocol):
 
     def prerequisites(self, params: Any) -> tuple[Prerequisite, ...]:
         """The steps to add before this one, such as the reference of a validation."""
+        ...
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """Parameters, of a stage that makes a measurement, that say what passes."""
+
+    def limits(self) -> dict[str, dict[Literal["min", "max"], float]]:
+        """Metric name -> `min` and `max` -> limit."""
         ...

@@ -1,0 +1,169 @@
+"""Several recipes in one go: one workspace session, one opened checkpoint for each source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phiconv.errors import EnvironmentLacksError, GateError, PhiconvError, Problems, RecipeError
+from phiconv.plan import Plan, make_plan
+from phiconv.preflight import preflight
+from phiconv.progress import Display
+from phiconv.publish import check_destination
+from phiconv.recipe import Overrides, Recipe, load
+from phiconv.run import Built, build, open_checkpoint
+from phiconv.stages.registry import STAGES
+from phiconv.stages.stage import Stage
+from phiconv.workspace import Workspace
+from phiconv.workspace.session import open_session
+
+if TYPE_CHECKING:
+    from phiconv.checkpoint import Checkpoint
+
+DIST = Path("dist")
+
+# What went wrong first decides: a stage before the machine before a gate.
+_SEVERITY = (3, 5, 4, 2, 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one recipe.
+
+    Attributes:
+        recipe: The recipe.
+        built: The finished build; None when it failed.
+        error: Why it failed.
+    """
+
+    recipe: Recipe
+    built: Built | None
+    error: PhiconvError | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the build is done and every gate passed.
+
+        A validation that did not run never counts as passed: the machine lacks its provider.
+        """
+        if self.built is None:
+            return self.error.exit_code if self.error else PhiconvError.exit_code
+        if self.built.result.status == "failed":
+            return GateError.exit_code
+        if self.built.result.status == "not_run":
+            return EnvironmentLacksError.exit_code
+        return 0
+
+
+def worst(codes: Sequence[int]) -> int:
+    """The exit code that stands for several builds."""
+    return next(code for code in _SEVERITY if code in codes)
+
+
+def load_recipes(
+    files: Sequence[Path], overrides: Overrides, registry: Mapping[str, Stage] = STAGES
+) -> list[Recipe]:
+    """Loads recipes; what is wrong in any of them is reported together.
+
+    Raises:
+        RecipeError: What is wrong (`Problems` for several).
+    """
+    recipes: list[Recipe] = []
+    errors: list[PhiconvError] = []
+    for file in files:
+        try:
+            recipe = load(file, overrides, registry)
+        except Problems as problems:
+            errors += problems.errors
+        except PhiconvError as error:
+            errors.append(error)
+        else:
+            errors += _same_name(recipe, recipes)
+            recipes.append(recipe)
+    if errors:
+        raise errors[0] if len(errors) == 1 else Problems(errors)
+    return recipes
+
+
+def _same_name(recipe: Recipe, others: Sequence[Recipe]) -> list[PhiconvError]:
+    return [
+        RecipeError(f"two recipes have the name {recipe.name!r}", where=f"{recipe.file}")
+        for other in others
+        if other.name.lower() == recipe.name.lower()
+    ]
+
+
+def output_folders(recipes: Sequence[Recipe], out: Path | None) -> dict[str, Path]:
+    """Where each recipe's output goes: `dist/<name>`, or `out` itself when there is but one."""
+    if out is not None and len(recipes) == 1:
+        return {recipes[0].name: out}
+    return {recipe.name: (out or DIST) / recipe.name for recipe in recipes}
+
+
+def make_plans(
+    recipes: Sequence[Recipe],
+    workspace: Workspace,
+    display: Display,
+    registry: Mapping[str, Stage] = STAGES,
+    *,
+    rebuild: bool = False,
+) -> list[Plan]:
+    """Plans every recipe; recipes with one source share the opened checkpoint.
+
+    Raises:
+        PhiconvError: A source cannot be opened, or a stage cannot work with it.
+    """
+    opened: dict[tuple[str, str | None], Checkpoint] = {}
+    plans: list[Plan] = []
+    for recipe in recipes:
+        source = (recipe.source, recipe.text.model.revision)
+        if source not in opened:
+            opened[source] = open_checkpoint(recipe, workspace, display)
+        plans.append(make_plan(recipe, opened[source], workspace, registry, rebuild=rebuild))
+    return plans
+
+
+def build_all(
+    recipes: Sequence[Recipe],
+    workspace: Workspace,
+    display: Display,
+    registry: Mapping[str, Stage] = STAGES,
+    *,
+    out: Path | None = None,
+    threads: int = 1,
+    rebuild: bool = False,
+) -> list[Outcome]:
+    """Builds recipes one after the other; one that fails does not stop the next.
+
+    Args:
+        recipes: What to build.
+        workspace: Where artifacts are found and kept.
+        display: Where progress is shown.
+        registry: The stages.
+        out: The output folder, see `output_folders`.
+        threads: How many threads a stage may use.
+        rebuild: Run every stage, whatever the workspace has.
+
+    Raises:
+        PhiconvError: Something is wrong that can be known before any work starts.
+    """
+    folders = output_folders(recipes, out)
+    for folder in folders.values():
+        check_destination(folder)
+    outcomes: list[Outcome] = []
+    with open_session(workspace) as session:
+        plans = make_plans(recipes, workspace, display, registry, rebuild=rebuild)
+        preflight([(plan, folders[plan.recipe.name]) for plan in plans], workspace)
+        for plan in plans:
+            for warning in plan.warnings:
+                display.note(f"warning: {warning}")
+            folder = folders[plan.recipe.name]
+            try:
+                built = build(plan, session, folder, threads=threads, display=display)
+            except PhiconvError as error:
+                outcomes.append(Outcome(plan.recipe, None, error))
+            else:
+                outcomes.append(Outcome(plan.recipe, built, None))
+    return outcomes

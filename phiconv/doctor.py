@@ -1,0 +1,115 @@
+"""What this machine can run, for `phiconv doctor` and bug reports."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from phiconv import __version__, machine
+from phiconv.workspace import Workspace
+from phiconv.workspace.disk import free_bytes, size_text
+
+_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-genai",
+    "onnx",
+    "onnx-ir",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "numpy",
+    "numba",
+    "ml_dtypes",
+    "pydantic",
+)
+_PROVIDERS = (machine.CPU, machine.CUDA, machine.DML)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: `ok` is None where there is nothing to judge."""
+
+    topic: str
+    name: str
+    value: str
+    ok: bool | None = None
+
+
+def examine(workspace: Workspace) -> list[Finding]:
+    """Looks at the machine; imports the runtimes, so it takes a few seconds."""
+    return [*_machine(), *_packages(), *_providers(), *_torch(), *_workspace(workspace)]
+
+
+def _machine() -> list[Finding]:
+    found = [Finding("machine", name, value) for name, value in machine.describe().items()]
+    features = machine.processor_features()
+    if features:
+        found.append(Finding("machine", "processor features", ", ".join(features)))
+    return found
+
+
+def _packages() -> list[Finding]:
+    found = [Finding("packages", "phiconv", __version__)]
+    for name in _PACKAGES:
+        installed = machine.distribution(name)
+        label, value = installed or (name, "not installed")
+        found.append(Finding("packages", label, value, ok=installed is not None))
+    return found
+
+
+def _providers() -> list[Finding]:
+    """Providers of the installed ONNX Runtime, by its own word and by what is on the machine."""
+    runtime, problem = _imported("onnxruntime")
+    if runtime is None:
+        return [Finding("providers", "onnxruntime", problem, ok=False)]
+    offered = tuple(runtime.get_available_providers())
+    usable = machine.providers()
+    found = []
+    for name in dict.fromkeys((*_PROVIDERS, *offered)):
+        if name in usable:
+            found.append(Finding("providers", name, "usable", ok=True))
+        elif name in offered:
+            found.append(Finding("providers", name, "in ONNX Runtime, no device found"))
+        else:
+            found.append(Finding("providers", name, "not in the installed ONNX Runtime"))
+    genai, problem = _imported("onnxruntime_genai")
+    if genai is None:
+        return [*found, Finding("providers", "onnxruntime_genai", problem, ok=False)]
+    devices = [
+        name
+        for name, ask in (("CUDA", "is_cuda_available"), ("DirectML", "is_dml_available"))
+        if getattr(genai, ask, lambda: False)()
+    ]
+    value = "works" + (f", built for {', '.join(devices)}" if devices else ", CPU")
+    return [*found, Finding("providers", "onnxruntime_genai", value, ok=True)]
+
+
+def _torch() -> list[Finding]:
+    torch, problem = _imported("torch")
+    if torch is None:
+        return [Finding("reference", "torch", problem, ok=False)]
+    if torch.cuda.is_available():
+        return [Finding("reference", "torch", f"cuda: {torch.cuda.get_device_name()}", ok=True)]
+    return [Finding("reference", "torch", f"cpu, {torch.get_num_threads()} threads", ok=True)]
+
+
+def _imported(name: str) -> tuple[Any, str]:
+    """The module, or None and why it cannot be imported."""
+    try:
+        return importlib.import_module(name), ""
+    except (ImportError, OSError) as error:
+        return None, f"cannot be imported: {error}"
+
+
+def _workspace(workspace: Workspace) -> list[Finding]:
+    entries = workspace.entries()
+    size = size_text(sum(entry.size_bytes for entry in entries))
+    home = workspace.home
+    return [
+        Finding("workspace", "folder", str(home)),
+        Finding("workspace", "artifacts", f"{len(entries)}, {size}"),
+        Finding("workspace", "disk", f"{size_text(free_bytes(home))} free"),
+    ]

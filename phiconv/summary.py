@@ -1,0 +1,205 @@
+"""What the command line says in words: errors, plans, results. It prints nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from phiconv.errors import PhiconvError
+
+if TYPE_CHECKING:
+    from phiconv.batch import Outcome
+    from phiconv.doctor import Finding
+    from phiconv.inspect import CheckpointSummary, OnnxSummary
+    from phiconv.plan import Plan
+    from phiconv.report.results import Validation
+    from phiconv.run import Built
+    from phiconv.workspace import Entry
+
+# Shown beside the gated metrics.
+_HEADLINE = (
+    "kl_divergence.mean",
+    "kl_divergence.p99",
+    "top1_agreement",
+    "perplexity.reference",
+    "perplexity.candidate",
+)
+_COLOURS = {"passed": "green", "failed": "red", "not_run": "yellow", "ungated": "yellow"}
+
+
+def error_text(error: PhiconvError) -> str:
+    """An error, or each of several, with its place and remedy on lines of their own."""
+    parts: Sequence[PhiconvError] = getattr(error, "errors", None) or [error]
+    texts = []
+    for part in parts:
+        lines = [f"error: {part.message}"]
+        lines += [f"  where: {part.where}"] if part.where else []
+        lines += [f"  remedy: {part.remedy}"] if part.remedy else []
+        texts.append("\n".join(lines))
+    if len(parts) > 1:
+        texts.append(f"{len(parts)} errors")
+    return "\n".join(texts)
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Aligns cells in columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        (
+            indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan as a table, with what it will need and what is missing."""
+    from phiconv.workspace.disk import size_text
+
+    rows = [("step", "stage", "state", "key", "disk", "memory")]
+    for step in plan.steps:
+        estimate = step.estimate if step.state == "build" else None
+        disk = size_text(estimate.disk_bytes) if estimate else "-"
+        memory = size_text(estimate.ram_bytes) if estimate else "-"
+        rows.append((step.id, step.stage.name, step.state, step.key[:12], disk, memory))
+    lines = [f"{plan.recipe.name} ({plan.checkpoint.source})", *table(rows)]
+    lines.append(f"  ships {plan.shipped}")
+    if plan.to_build:
+        disk, memory = size_text(plan.disk_bytes), size_text(plan.ram_bytes)
+        lines.append(f"  needs about {disk} of disk and {memory} of memory")
+    for step in plan.steps:
+        for item in step.missing:
+            way = "goes on without" if item.optional else "cannot run without"
+            remedy = f"; {item.remedy}" if item.remedy else ""
+            lines.append(f"  missing: {item.name}, stage {step.id!r} {way}{remedy}")
+    lines += [f"  warning: {warning}" for warning in plan.warnings]
+    return "\n".join(lines)
+
+
+def outcome_lines(outcome: Outcome) -> list[tuple[str, str | None]]:
+    """A build's verdict, metrics and figures as lines and the colour of each."""
+    if outcome.built is None:
+        return [(f"{outcome.recipe.name}: failed", "red")]
+    built = outcome.built
+    lines: list[tuple[str, str | None]] = []
+    for validation in built.result.validations:
+        colour = _COLOURS[validation.status]
+        lines.append((f"{outcome.recipe.name}: {validation.verdict}", colour))
+        lines += [(line, None) for line in _metrics(validation)]
+        lines += [(str(gate), "red") for gate in validation.gates if not gate.passed]
+    if not lines:
+        lines.append((f"{outcome.recipe.name}: built, not validated", "yellow"))
+    return lines + [(line, None) for line in _figures(built)]
+
+
+def _metrics(validation: Validation) -> list[str]:
+    metrics = validation.measurement.metrics
+    gated = {gate.metric for gate in validation.gates}
+    rows: list[Sequence[str]] = []
+    for name, value in metrics.items():
+        if name not in gated and name not in _HEADLINE:
+            continue
+        measured = "not finite" if value is None else f"{value:.6g}"
+        limits = [gate for gate in validation.gates if gate.metric == name]
+        bounds = ", ".join(f"{gate.bound} {gate.limit:.6g}" for gate in limits)
+        state = "" if not limits else "passed" if all(g.passed for g in limits) else "failed"
+        rows.append((name, measured, bounds, state))
+    if not rows:
+        return []
+    head = f"  {validation.stage}: {validation.artifact} on {validation.measurement.tokens}"
+    return [head, *table([("metric", "measured", "gate", ""), *rows], "    ")]
+
+
+def _figures(built: Built) -> list[str]:
+    from phiconv.progress import seconds_text
+    from phiconv.workspace.disk import size_text
+
+    stages = built.result.stages
+    ran = [stage for stage in stages if not stage.cached]
+    seconds = seconds_text(sum(stage.wall_s or 0 for stage in ran))
+    figures = [f"{len(ran)} of {len(stages)} stages run in {seconds}"]
+    peak = max((stage.peak_rss_bytes or 0 for stage in ran), default=0)
+    if peak:
+        figures.append(f"peak memory {size_text(peak)}")
+    return [
+        f"  artifact: {built.out / 'artifact'} ({size_text(built.result.size_bytes)})",
+        f"  report: {built.out / 'report'}",
+        f"  {', '.join(figures)}",
+    ]
+
+
+def entries_text(entries: Iterable[Entry], now: float) -> str:
+    """Entries of the workspace as a table, the most recently used first."""
+    from phiconv.workspace.disk import size_text
+
+    found = sorted(entries, key=lambda entry: -entry.used)
+    rows = [("kind", "recipe", "step", "size", "used", "key")]
+    rows += [
+        (
+            entry.kind,
+            entry.recipe,
+            entry.step,
+            size_text(entry.size_bytes),
+            _ago(now - entry.used),
+            entry.key[:12],
+        )
+        for entry in found
+    ]
+    total = size_text(sum(entry.size_bytes for entry in found))
+    return "\n".join([*table(rows, ""), f"{len(found)} artifacts, {total}"])
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now"
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """The doctor's findings by topic; `!` marks what is amiss."""
+    lines: list[str] = []
+    for topic in dict.fromkeys(finding.topic for finding in findings):
+        rows = [
+            ("!" if item.ok is False else " ", item.name, item.value)
+            for item in findings
+            if item.topic == topic
+        ]
+        lines += [topic, *table(rows)]
+    return "\n".join(lines)
+
+
+def inspection_text(found: OnnxSummary | CheckpointSummary) -> str:
+    """What an artifact or a checkpoint holds."""
+    from phiconv.inspect import OnnxSummary
+    from phiconv.workspace.disk import size_text
+
+    if isinstance(found, OnnxSummary):
+        opsets = ", ".join(f"{name or 'ai.onnx'} {number}" for name, number in found.opsets.items())
+        lines = [f"ONNX model {found.model}: IR version {found.ir_version}, opset {opsets}"]
+        lines += ["operators", *table([(k, str(n)) for k, n in found.operators.items()])]
+        lines += ["weights", *table(_weight_rows(found))]
+        lines.append(f"  {found.bits_per_weight:.3f} bits a weight")
+        about = found.genai
+        if about:
+            lines.append("genai_config.json")
+    else:
+        lines = [f"checkpoint {found.architecture}: {found.parameters:,} parameters"]
+        about = found.config
+    lines += table([(name, str(value)) for name, value in about.items()]) if about else []
+    dtypes = found.dtypes.items()
+    rows = [(name, f"{count} tensors", size_text(size)) for name, (count, size) in dtypes]
+    lines += ["dtypes", *table(rows)]
+    rows = [(name, size_text(size), "") for name, size in found.files.items()]
+    return "\n".join([*lines, "files", *table(rows)])
+
+
+def _weight_rows(found: OnnxSummary) -> list[tuple[str, ...]]:
+    from phiconv.workspace.disk import size_text
+
+    rows: list[tuple[str, ...]] = [("kind", "format", "parameters", "size", "bits")]
+    for record in found.weights:
+        bits = f"{record.bits:.3f}"
+        size = size_text(record.size_bytes)
+        rows.append((record.kind, record.format, f"{record.parameters:,}", size, bits))
+    return rows
