@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from phiconv.errors import CheckpointError, RecipeError
 
@@ -226,7 +226,7 @@ def _token_stream(
     return np.array(ids, dtype=np.int64), np.array(owner, dtype=np.int32), prefix
 
 
-def _open_tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
+def _open_tokenizer(checkpoint: Checkpoint) -> Any:
     from tokenizers import Tokenizer
 
     file = checkpoint.path / "tokenizer.json"
@@ -236,7 +236,10 @@ def _open_tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
             where=str(checkpoint.path),
             remedy="save the tokenizer with transformers' save_pretrained of a fast tokenizer",
         )
-    tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(f"not a tokenizer: {error}", where=str(file)) from error
     # a checkpoint may save the truncation and padding it was trained with; neither is ours
     tokenizer.no_truncation()
     tokenizer.no_padding()

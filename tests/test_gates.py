@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from phiconv.gates import check_gates, judge
+from phiconv.report.results import Measurement, Provenance, TokenSetRecord, Validation
+
+TOKENS = TokenSetRecord("default", 8, 512, "sha256:aa", "sha256:0123456789abcdef")
+CPU, DML = "CPUExecutionProvider", "DmlExecutionProvider"
+
+
+def measurement(target: str = CPU, provider: str | None = CPU, **metrics: float) -> Measurement:
+    return Measurement(
+        status="measured" if provider else "not_run",
+        tokens=TOKENS,
+        provenance=Provenance("onnxruntime", "1.31.1", target, provider),
+        metrics={name.replace("__", "."): value for name, value in metrics.items()},
+    )
+
+
+def test_a_failed_gate_is_one_line_with_all_that_matters() -> None:
+    found = measurement(kl_divergence__mean=0.0512345678, top1_agreement=0.95)
+    gates = {"kl_divergence.mean": {"max": 0.04}, "top1_agreement": {"min": 0.9}}
+    failed, passed = judge(found, gates)
+    assert str(failed) == (
+        "failed: kl_divergence.mean measured 0.0512346, limit max 0.04, "
+        "provider CPUExecutionProvider, tokens default 8x512 (0123456789ab)"
+    )
+    assert not failed.passed
+    assert passed.passed
+    assert str(passed).startswith("passed: top1_agreement measured 0.95, limit min 0.9,")
+
+
+@pytest.mark.parametrize(
+    ("bound", "limit", "passes"),
+    [
+        ("max", 0.5, True),
+        ("max", math.nextafter(0.5, 0), False),
+        ("min", 0.5, True),
+        ("min", math.nextafter(0.5, 1), False),
+    ],
+)
+def test_a_limit_itself_passes_and_a_hair_beyond_fails(
+    bound: str, limit: float, passes: bool
+) -> None:
+    (result,) = judge(measurement(top1_agreement=0.5), {"top1_agreement": {bound: limit}})
+    assert result.passed is passes
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_fails_either_bound(value: float) -> None:
+    found = measurement(perplexity__ratio=value)
+    for bound in ("min", "max"):
+        (result,) = judge(found, {"perplexity.ratio": {bound: 1.0}})
+        assert not result.passed
+
+
+def test_a_missing_value_fails() -> None:
+    (result,) = judge(measurement(), {"top1_agreement": {"min": 0.0}})
+    assert not result.passed
+    assert "measured not finite" in str(result)
+
+
+def test_both_bounds_are_judged() -> None:
+    gates = {"perplexity.ratio": {"min": 0.9, "max": 1.1}}
+    assert [r.passed for r in judge(measurement(perplexity__ratio=1.2), gates)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("target", "provider", "value", "verdict"),
+    [
+        (CPU, CPU, 0.99, "passed on CPUExecutionProvider"),
+        (CPU, CPU, 0.5, "failed on CPUExecutionProvider"),
+        (DML, CPU, 0.99, "passed on CPUExecutionProvider, target DmlExecutionProvider not present"),
+        (DML, CPU, 0.5, "failed on CPUExecutionProvider, target DmlExecutionProvider not present"),
+        (DML, None, 0.99, "not run, target DmlExecutionProvider not present"),
+    ],
+)
+def test_verdicts(target: str, provider: str | None, value: float, verdict: str) -> None:
+    found = measurement(target, provider, top1_agreement=value)
+    gates = judge(found, {"top1_agreement": {"min": 0.9}})
+    validation = Validation("check", "int4", found, gates)
+    assert validation.verdict == verdict
+    assert validation.status == verdict.split()[0].replace("not", "not_run")
+
+
+def test_not_run_never_counts_as_passed_even_without_gates() -> None:
+    assert Validation("check", "int4", measurement(DML, None)).status == "not_run"
+
+
+def test_without_gates_nothing_passed() -> None:
+    validation = Validation("check", "int4", measurement(top1_agreement=1.0))
+    assert validation.status == "ungated"
+    assert validation.verdict == "measured on CPUExecutionProvider"
+
+
+def test_gates_that_can_be_judged_are_no_problem() -> None:
+    gates = {"kl_divergence.p99": {"max": 1.0}, "top1_agreement": {"min": 0.9, "max": 1.0}}
+    assert check_gates(gates, generates=False) == []
+    assert check_gates({"decode_error.max": {"max": 0.1}}, generates=True) == []
+
+
+@pytest.mark.parametrize(
+    ("gates", "message", "remedy"),
+    [
+        ({"kl_divergence.men": {"max": 1}}, "unknown metric 'kl_divergence.men'",
+         "did you mean 'kl_divergence.mean'?"),
+        ({"zzzz": {"max": 1}}, "unknown metric 'zzzz'", "metrics: kl_divergence.mean, "),
+        ({"decode_error.max": {"max": 1}}, "not measured by this runtime", "onnxruntime-genai"),
+        ({"top1_agreement": {}}, "has no limit", "min or a max"),
+        ({"top1_agreement": {"min": math.nan}}, "not a finite number", ""),
+        ({"top1_agreement": {"min": 1.0, "max": 0.5}}, "greater than its max", ""),
+    ],
+)  # fmt: skip
+def test_a_gate_that_could_never_be_judged_is_found_beforehand(
+    gates: dict[str, dict[str, float]], message: str, remedy: str
+) -> None:
+    (error,) = check_gates(gates, generates=False, where="validate: gates")
+    assert error.exit_code == 2
+    assert message in error.message
+    assert remedy in (error.remedy or "")
+    assert error.where == f"validate: gates.{next(iter(gates))}"
+
+
+def test_every_wrong_gate_is_reported_at_once() -> None:
+    assert len(check_gates({"a": {"max": 1}, "b": {"max": 1}}, generates=False)) == 2
