@@ -95,19 +95,18 @@ class _Phi3DecoderLayer(_Module):
 class _Phi3Weights:
     """The module tree that the builder walks, in its own order."""
 
-    def __init__(self, config: ModelConfig):
-        shapes = config.expected_tensors()
+    def __init__(self, checkpoint: Checkpoint):
+        config = checkpoint.config
 
         def weight(name: str, start: int = 0, stop: int | None = None) -> _Module:
-            shape = shapes[name]
+            shape = checkpoint.tensors[name].shape
             stop = shape[0] if stop is None else stop
             rows = (Rows(name, start, stop),)
             return _Module(weight=LazyWeight((stop - start, *shape[1:]), rows), bias=None)
 
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.embedding = weight("model.embed_tokens.weight")
         self.final_norm = weight("model.norm.weight")
-        self.lm_head = weight(head)
+        self.lm_head = weight(checkpoint.lm_head)
         self._layers = [
             self._layer(config, weight, f"model.layers.{index}")
             for index in range(config.num_hidden_layers)
@@ -199,7 +198,7 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
         lazy: dict[str, Expression]
 
         def load_weights(self, input_path: str) -> _Phi3Weights:
-            return _Phi3Weights(config)
+            return _Phi3Weights(checkpoint)
 
         def is_local(self, layer_id: int) -> bool:
             # The builder leaves Phi-3's sliding window out, and its logits leave Hugging Face's
@@ -259,6 +258,11 @@ def _hugging_face_config(checkpoint: Checkpoint) -> Any:
     if isinstance(rope, dict) and "rope_type" in rope:
         # transformers 5 writes only `rope_type`; the builder reads `type` as well.
         rope.setdefault("type", rope["rope_type"])
+    if checkpoint.config.rope is not None:
+        # The builder would derive the scale from the context lengths; transformers also honours
+        # `factor` and `attention_factor`, and no other key.
+        scale = checkpoint.config.rope.attention_factor
+        rope |= {"short_mscale": scale, "long_mscale": scale}
     add_special_token_ids(config, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     return config
 

@@ -130,10 +130,14 @@ class _Work:
             position += len(part)
         return out
 
-    def note_overflow(self, names: set[str], largest: float) -> None:
+    def note_unusable(self, names: set[str], scan: floats.Scan) -> None:
+        """Remember tensors that hold NaN or Inf, or values that fp16 cannot hold."""
         with self._lock:
+            if not scan.finite:
+                self.not_finite |= names
+                return
             for name in names:
-                self.overflowing[name] = max(largest, self.overflowing.get(name, 0.0))
+                self.overflowing[name] = max(scan.max_abs, self.overflowing.get(name, 0.0))
 
     def raise_findings(self) -> None:
         """Report every tensor that cannot be converted, in one error."""
@@ -184,23 +188,21 @@ class _DenseJob(_Job):
     def run(self, work: _Work, data: DataFile) -> None:
         source = work.read(self.rows, self.start, self.stop)
         if self.expr.transposed:
-            finite, largest = self._write_transposed(source, work, data)
+            scan = self._write_transposed(source, work, data)
         else:
             out = work.buffer("dense", source.shape, self.dtype)
-            finite, largest = floats.cast_rows(source, out)
+            scan = floats.cast_rows(source, out)
             self._clamp(out)
             offset = self.region.offset + self.start * (out.nbytes // len(out))
             data.write(offset, out)
             data.complete(offset, offset + out.nbytes)
-        if not finite:
-            work.not_finite.update(self._names())
-        elif self.expr.overflow == "error" and self.dtype == np.float16:
-            if largest >= floats.F16_OVERFLOW:
-                work.note_overflow(self._names(), largest)
+        overflows = self.dtype == np.float16 and scan.max_abs >= floats.F16_OVERFLOW
+        if not scan.finite or (overflows and self.expr.overflow == "error"):
+            work.note_unusable(self._names(), scan)
 
     def _write_transposed(
         self, source: np.ndarray, work: _Work, data: DataFile
-    ) -> tuple[bool, float]:
+    ) -> floats.Scan:
         """Write ``[N, K]`` rows as columns of ``[K, N]``, a few output rows at a time."""
         n, k = source.shape
         total = row_count(self.rows)
@@ -209,8 +211,8 @@ class _DenseJob(_Job):
         for first in range(0, k, step):
             last = min(first + step, k)
             out = work.buffer("dense", (last - first, n), self.dtype)
-            chunk_finite, chunk_largest = floats.cast_transposed(source, first, last, out)
-            finite, largest = finite and chunk_finite, max(largest, chunk_largest)
+            scan = floats.cast_transposed(source, first, last, out)
+            finite, largest = finite and scan.finite, max(largest, scan.max_abs)
             self._clamp(out)
             if n == total:
                 data.write(self.region.offset + first * n * self.dtype.itemsize, out)
@@ -218,7 +220,7 @@ class _DenseJob(_Job):
             for row in range(last - first):
                 position = (first + row) * total + self.start
                 data.write(self.region.offset + position * self.dtype.itemsize, out[row])
-        return finite, largest
+        return floats.Scan(finite, largest)
 
     def _clamp(self, out: np.ndarray) -> None:
         if self.expr.overflow == "clamp":
@@ -247,7 +249,7 @@ class _BlockwiseJob(_Job):
         if not q.symmetric:
             shape = (n, -(-blocks * q.bits // 8))
             outputs["zero_points"] = work.buffer("zero_points", shape, byte)
-        status = matmulnbits.quantize_rows(
+        usable = matmulnbits.quantize_rows(
             source,
             bits=q.bits,
             block_size=q.block_size,
@@ -257,8 +259,10 @@ class _BlockwiseJob(_Job):
             scales=outputs["scales"],
             zero_points=outputs.get("zero_points"),
         )
-        if not status:
-            work.not_finite.update(self._names())
+        if not usable:
+            # NaN or Inf as stored, or too large for the scales' type: only the source tells.
+            scan = floats.cast_rows(source, work.buffer("scan", source.shape, np.dtype(np.float32)))
+            work.note_unusable(self._names(), scan)
         for part, array in outputs.items():
             offset = self.regions[part].offset + self.start * (array.nbytes // n)
             data.write(offset, array)
