@@ -1,0 +1,104 @@
+"""report.md: short enough for a pull-request comment, verdict first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from phiconv.metrics import METRICS
+from phiconv.report import text
+from phiconv.report.results import RunResult, Validation
+
+_MARKS = {"passed": "✅", "failed": "❌", "not_run": "⚠️", "ungated": "ℹ️"}  # noqa: RUF001
+
+
+def report_markdown(result: RunResult) -> str:
+    """report.md of a build, in GitHub's Markdown."""
+    lines = [
+        f"## {_MARKS[result.status]} {_escape(result.recipe)}: {text.headline(result)}",
+        "",
+        f"{_escape(result.checkpoint.source)} → {text.size(result.size_bytes)}"
+        + (f", {_escape(result.release_path)}" if result.release_path else ""),
+    ]
+    for validation in result.validations:
+        lines += ["", *_validation(validation)]
+    lines += ["", *_details(result), ""]
+    return "\n".join(lines)
+
+
+def _validation(validation: Validation) -> list[str]:
+    measurement = validation.measurement
+    lines = [
+        f"**{_escape(validation.stage)}**: {validation.verdict}; artifact "
+        f"{_escape(validation.artifact)}, tokens {_escape(str(measurement.tokens))}",
+    ]
+    if measurement.status == "not_run":
+        return lines
+    gated = {gate.metric for gate in validation.gates}
+    rows: list[Sequence[str]] = [
+        (
+            METRICS[gate.metric].title,
+            text.number(gate.measured),
+            f"{gate.bound} {text.limit(gate.limit)}",
+            _MARKS["passed" if gate.passed else "failed"],
+        )
+        for gate in validation.gates
+    ]
+    rows += [
+        (METRICS[name].title if name in METRICS else name, text.number(value), "", "")
+        for name, value in measurement.metrics.items()
+        if name not in gated
+    ]
+    return [*lines, "", *_table(("metric", "measured", "gate", ""), rows)]
+
+
+def _details(result: RunResult) -> list[str]:
+    stages = [
+        (
+            stage.id,
+            stage.uses,
+            "cached" if stage.cached else text.duration(stage.wall_s),
+            text.size(stage.peak_rss_bytes),
+        )
+        for stage in result.stages
+    ]
+    tools = ", ".join(f"{name} {version}" for name, version in sorted(result.tools.items()))
+    return [
+        "<details><summary>Stages and provenance</summary>",
+        "",
+        *_table(("stage", "uses", "time", "peak memory"), stages),
+        "",
+        f"- checkpoint {_escape(result.checkpoint.source)}"
+        + (f" at {result.checkpoint.revision}" if result.checkpoint.revision else "")
+        + f", digest {text.digest(result.checkpoint.digest)}",
+        f"- artifact {result.artifact_key[:12]}, recipe {text.digest(result.recipe_digest)}",
+        *_provenance(result.validations),
+        f"- {_escape(tools)}",
+        "",
+        "</details>",
+    ]
+
+
+def _provenance(validations: Iterable[Validation]) -> list[str]:
+    lines = []
+    for validation in validations:
+        found = validation.measurement.provenance
+        if found.provider is not None:
+            nodes = ", ".join(
+                f"{sum(operators.values())} nodes on {provider}"
+                for provider, operators in found.placement.items()
+            )
+            parts = (f"{found.runtime} {found.runtime_version}", found.device, nodes)
+            lines.append(f"- {validation.stage}: " + _escape(", ".join(p for p in parts if p)))
+    return lines
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *([_escape(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _escape(value: str) -> str:
+    """Text that Markdown and HTML take literally, in one table cell."""
+    for character in "\\`*_[]<>|":
+        value = value.replace(character, f"\\{character}")
+    return " ".join(value.split())

@@ -1,0 +1,152 @@
+"""Plots of a measurement as inline SVG that follows the page's colours, light or dark."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from phiconv.report.results import Histogram, PositionError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Stand-ins that matplotlib writes into the SVG, each replaced by a variable of the page's style.
+_COLOURS = {"#010203": "--ink", "#040506": "--faint", "#070809": "--accent", "#0a0b0c": "--second"}
+_INK, _FAINT, _ACCENT, _SECOND = _COLOURS
+
+# Drawn at the width of a phone, so that text keeps its size there; wider pages put two in a row.
+_INCHES = (4.7, 2.7)
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "grid.color": _FAINT,
+    "grid.alpha": 0.35,
+    "legend.frameon": False,
+}
+
+
+def kl_distribution_svg(histogram: Histogram, name: str, *, mean: float | None) -> str:
+    """The distribution of KL divergences over positions, its mean marked.
+
+    Args:
+        histogram: Counts in logarithmic bins.
+        name: Makes ids in the SVG unique in the page; say what is shown.
+        mean: Mean KL divergence, nats.
+    """
+    import numpy as np
+
+    counts = np.array(histogram.counts)
+    filled = np.flatnonzero(counts)
+    first, last = (int(filled[0]), int(filled[-1])) if filled.size else (0, len(counts) - 1)
+    edges = 10.0 ** np.array(histogram.edges)
+
+    def draw(axes: Axes) -> None:
+        shares = 100 * counts[first : last + 1] / max(1, counts.sum())
+        bins = edges[first : last + 2]
+        axes.bar(bins[:-1], shares, width=np.diff(bins), align="edge", color=_ACCENT, alpha=0.85)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(_power_of_ten)
+        axes.set_xlabel("KL divergence, nats")
+        axes.set_ylabel("% of positions")
+        if mean is not None and mean > 0:
+            axes.axvline(mean, color=_INK, linewidth=1.2, linestyle="--")
+            side = "right" if mean > np.sqrt(bins[0] * bins[-1]) else "left"
+            axes.annotate(
+                f" mean {mean:.3g} ",
+                (mean, 1.0),
+                xycoords=("data", "axes fraction"),
+                ha=side,
+                va="top",
+            )
+
+    return _svg(draw, f"KL distribution of {name}")
+
+
+def kl_by_position_svg(error: PositionError, name: str, window_length: int) -> str:
+    """Mean and 90th percentile of the KL divergence along the window."""
+    import numpy as np
+
+    starts = np.array([*error.starts, window_length])
+    centres = (starts[:-1] + starts[1:] - 1) / 2
+    mean, p90 = (np.array([np.nan if v is None else v for v in s]) for s in (error.mean, error.p90))
+
+    def draw(axes: Axes) -> None:
+        axes.plot(centres, p90, color=_SECOND, linewidth=1.2, marker=".", markersize=3, label="p90")
+        axes.plot(
+            centres, mean, color=_ACCENT, linewidth=1.6, marker=".", markersize=3, label="mean"
+        )
+        positive = np.concatenate([mean, p90])
+        if (positive > 0).any():
+            axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter(_power_of_ten)
+            axes.yaxis.set_minor_formatter(_nothing)
+        axes.set_xlim(0, window_length)
+        axes.set_xlabel("position in the window")
+        axes.set_ylabel("KL divergence, nats")
+        axes.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, 1.14), borderpad=0)
+
+    return _svg(draw, f"KL by position of {name}")
+
+
+def _power_of_ten(value: float, _position: float) -> str:
+    """A tick's label as one word of text; matplotlib's own is a formula set glyph by glyph."""
+    return f"1e{round(math.log10(value))}"
+
+
+def _nothing(_value: float, _position: float) -> str:
+    return ""
+
+
+def _svg(draw: Callable[[Axes], None], label: str) -> str:
+    """One figure as an <svg> element without a fixed size, its colours the page's variables."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {**_STYLE, "svg.hashsalt": label}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.grid(visible=True, axis="y")
+        axes.set_axisbelow(True)
+        draw(axes)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        out = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", metadata=nothing)
+    return _inline(out.getvalue(), label)
+
+
+def _inline(document: str, label: str) -> str:
+    element = document[document.index("<svg") :].strip()
+    element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
+    # figure-wide ids such as patch_1 repeat from plot to plot; only hashed ones are referred to
+    element = re.sub(r' id="[\w.]+_\d+"', "", element)
+    # matplotlib's own style sheet would hold for the whole page
+    element = re.sub(r"<style.*?</style>\s*", "", element, flags=re.DOTALL)
+    element = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{html.escape(label)}">',
+        element,
+        count=1,
+        flags=re.DOTALL,
+    )
+    for stand_in, variable in _COLOURS.items():
+        element = element.replace(stand_in, f"var({variable})")
+    return element
