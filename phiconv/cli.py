@@ -359,8 +359,9 @@ def cache_ls() -> None:
 def cache_gc(older_than: str | None, max_size: str | None, dry_run: bool) -> None:
     """Remove artifacts that are old or too many.
 
-    What killed builds left is always removed. What a running build may be using is kept. Large files that dist/ shares with the workspace
-    take their disk space until they are removed there, too.
+    What killed builds left is always removed. What a running build may be using is kept. Large
+    files that dist/ shares with the workspace take their disk space until they are removed there,
+    too.
     """
     import time
 

@@ -40,8 +40,10 @@ def publish(
     write_report: Callable[[Path], None],
     manifest: Mapping[str, JSON],
     workspace: Workspace,
-) -> dict[str, JSON]:
+) -> None:
     """Puts an artifact and its report into an output folder.
+
+    Where the very same build stands already it is let be, with the report of when it was made.
 
     Args:
         out: The folder; made if need be.
@@ -49,9 +51,6 @@ def publish(
         write_report: Writes the report's files into the folder it is given.
         manifest: What manifest.json says besides the files.
         workspace: Gives the lock that keeps two builds from one folder.
-
-    Returns:
-        The manifest as written.
 
     Raises:
         RecipeError: The folder holds files there that are not phiconv's.
@@ -62,18 +61,44 @@ def publish(
     name = hashlib.sha256(os.path.normcase(out.resolve()).encode()).hexdigest()
     with workspace.lock(f"out-{name}"):
         check_destination(out)
+        document = {"phiconv": MANIFEST_VERSION, **manifest, ARTIFACT: _listed(entry)}
+        if _stands(out, entry, document):
+            return
         _clear(out)
         new = out / _NEW
         try:
-            document = _prepare(new, entry, write_report, manifest)
-            owned = sorted({*_owned(out), *_names_in(document)})
+            _prepare(new, entry, write_report, document)
+            names = _names_in(_read_json(new / MANIFEST))
+            owned = sorted(_owned(out) | names)
             _write_json(out / _JOURNAL, {"phiconv": MANIFEST_VERSION, "owned": owned})
             _swap(out, new)
         finally:
             remove_tree(new)
         remove_tree(out / _OLD)
         (out / _JOURNAL).unlink()
-    return document
+
+
+def _listed(entry: Entry) -> dict[str, JSON]:
+    return {
+        name: {"sha256": stamp.sha256, "size": stamp.size}
+        for name, stamp in sorted(entry.files.items())
+    }
+
+
+def _stands(out: Path, entry: Entry, document: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this very build; files are trusted as those of the store are."""
+    found = _read_json(out / MANIFEST)
+    report = found.pop(REPORT, None)
+    if found != document or not report or (out / _JOURNAL).exists():
+        return False
+    try:
+        for name, stamp in entry.files.items():
+            status = (out / ARTIFACT / name).stat()
+            if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+                return False
+    except OSError:
+        return False
+    return all((out / REPORT / name).is_file() for name in report)
 
 
 def check_destination(out: Path) -> None:
@@ -154,8 +179,8 @@ def _prepare(
     new: Path,
     entry: Entry,
     write_report: Callable[[Path], None],
-    manifest: Mapping[str, JSON],
-) -> dict[str, Any]:
+    document: Mapping[str, Any],
+) -> None:
     (new / ARTIFACT).mkdir(parents=True)
     (new / REPORT).mkdir()
     for name, stamp in entry.files.items():
@@ -166,32 +191,23 @@ def _prepare(
     for path in _files(new):
         if path.stat().st_nlink == 1:
             flush_file(path)
-    document = {
-        "phiconv": MANIFEST_VERSION,
-        **manifest,
-        ARTIFACT: {
-            name: {"sha256": stamp.sha256, "size": stamp.size}
-            for name, stamp in sorted(entry.files.items())
-        },
-        REPORT: [path.relative_to(new / REPORT).as_posix() for path in _files(new / REPORT)],
-    }
-    _write_json(new / MANIFEST, document)
-    return document
+    report = [path.relative_to(new / REPORT).as_posix() for path in _files(new / REPORT)]
+    _write_json(new / MANIFEST, {**document, REPORT: report})
 
 
 def place_file(source: Path, target: Path, *, link: bool) -> None:
     """Copies a file, or, with `link`, shares its blocks where the file system can.
 
     A reflink is tried first, because changing such a file does not change the source; then a hard
-    link; then, as across devices, a copy.
+    link; then, as across devices, a copy. The time of modification is the source's.
     """
-    if link:
-        if _reflink(source, target):
-            return
+    if link and not _reflink(source, target):
         with suppress(OSError):
             os.link(source, target)
             return
-    shutil.copyfile(source, target)
+    if not target.exists():
+        shutil.copyfile(source, target)
+    shutil.copystat(source, target)
 
 
 def _reflink(source: Path, target: Path) -> bool:
@@ -225,6 +241,7 @@ def _swap(out: Path, new: Path) -> None:
         for source, target in reversed(done):
             with suppress(OSError):
                 target.rename(source)
+        (out / _JOURNAL).unlink()
         raise _in_use(error) from error
 
 

@@ -20,6 +20,7 @@ from phiconv.errors import PhiconvError, Problems, RecipeError
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 _TAG = "tag:yaml.org,2002:"
+_TAGS = {_TAG + name for name in ("map", "seq", "str", "null", "bool", "int", "float")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,6 +122,9 @@ class _Reader:
             self._refuse(node, "YAML aliases (*name) are not supported", "write the value out")
             return None
         self._seen.add(id(node))
+        if node.tag not in _TAGS:
+            self._refuse(node, f"YAML tag {node.tag} is not supported", "write a plain value")
+            return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -151,12 +155,13 @@ class _Reader:
             return None
         if kind == "bool":
             return text.lower() == "true"
-        if kind == "int":
-            return int(text, 0 if text.startswith(("0x", "0o")) else 10)
-        if kind == "float":
+        try:
+            if kind == "int":
+                return int(text, 0 if text.startswith(("0x", "0o")) else 10)
             return float(text)
-        self._refuse(node, f"YAML tag {node.tag} is not supported", "write a plain value")
-        return None
+        except ValueError:  # only with an explicit tag, such as !!int x
+            self._refuse(node, f"{text!r} is not of type {kind}", "take the tag away")
+            return None
 
     def _line(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"

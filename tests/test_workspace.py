@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from phiconv.errors import EnvironmentLacksError, RecipeError, StageError
+from phiconv.workspace import Entry, Session, Workspace
+from phiconv.workspace.collect import collect, parse_duration, parse_size
+from phiconv.workspace.disk import disk_full, free_bytes, same_device, size_text
+from phiconv.workspace.session import open_session
+
+KEY = "ab" + "0" * 62
+
+
+def entry_in(folder: Path, key: str = KEY, kind: str = "onnx") -> Entry:
+    return Entry(
+        kind=kind,
+        key=key,
+        step="int4.onnx",
+        stage="write-onnx",
+        recipe="toy",
+        created="2026-01-01T00:00:00+00:00",
+        facts={"tensors": 3},
+        usage={"wall_s": 1.0},
+        key_of={"stage": "write-onnx"},
+        files={},
+        folder=folder,
+    )
+
+
+def publish(
+    session: Session,
+    files: dict[str, bytes],
+    key: str = KEY,
+    digests: dict[str, str] | None = None,
+) -> Entry:
+    with session.lock(key), session.scratch() as folder:
+        for name, data in files.items():
+            path = folder / "artifact" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return session.publish(entry_in(folder, key), digests or {})
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "home")
+
+
+@pytest.fixture
+def session(workspace: Workspace) -> Iterator[Session]:
+    with open_session(workspace) as session:
+        yield session
+
+
+def test_home_is_the_variable_or_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHICONV_HOME", str(tmp_path))
+    assert Workspace.default().home == tmp_path
+    monkeypatch.delenv("PHICONV_HOME")
+    assert Workspace.default().home.name == "phiconv"
+
+
+def test_published_entry_is_found_with_its_digests(session: Session) -> None:
+    published = publish(session, {"a.bin": b"abc", "sub/b.bin": b""})
+    found = session.find("onnx", KEY)
+    assert found == published
+    assert found is not None
+    assert found.folder == session.workspace.artifacts / "onnx" / "ab" / KEY
+    assert (found.path / "a.bin").read_bytes() == b"abc"
+    assert found.files["a.bin"].sha256 == hashlib.sha256(b"abc").hexdigest()
+    assert found.size_bytes == 3
+    assert session.find("onnx", "cd" + KEY[2:]) is None
+    assert session.find("onnx-graph", KEY) is None
+
+
+def test_digests_handed_over_are_not_computed_again(session: Session) -> None:
+    entry = publish(session, {"a.bin": b"abc"}, digests={"a.bin": "f" * 64})
+    assert entry.files["a.bin"].sha256 == "f" * 64
+    with pytest.raises(StageError, match=r"do not exist.*b\.bin"):
+        publish(session, {"a.bin": b"abc"}, digests={"b.bin": "f" * 64})
+
+
+@pytest.mark.parametrize(
+    ("data", "later_ns"), [(b"abd", 5), (b"ab", 0), (b"ab", 5), (b"abcd", 0), (b"", 0)]
+)
+def test_a_changed_file_is_a_miss(session: Session, data: bytes, later_ns: int) -> None:
+    file = publish(session, {"a.bin": b"abc"}).path / "a.bin"
+    times = file.stat()
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + later_ns))
+    assert session.find("onnx", KEY) is None
+
+
+def test_a_touched_file_is_hashed_once_and_stamped_anew(session: Session) -> None:
+    entry = publish(session, {"a.bin": b"abc"})
+    os.utime(entry.path / "a.bin", ns=(7, 7))
+    found = session.find("onnx", KEY)
+    assert found is not None
+    assert found.files["a.bin"].mtime_ns == 7
+    again = session.workspace.lookup("onnx", KEY)
+    assert again is not None
+    assert again.files == found.files
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: (folder / "manifest.json").write_text('{"manifest": 99}'),
+        lambda folder: (folder / "artifact" / "a.bin").unlink(),
+    ],
+)
+def test_a_damaged_entry_is_a_miss_and_is_replaced(session: Session, damage) -> None:  # type: ignore[no-untyped-def]
+    damage(publish(session, {"a.bin": b"abc"}).folder)
+    assert session.find("onnx", KEY) is None
+    publish(session, {"a.bin": b"new"})
+    found = session.find("onnx", KEY)
+    assert found is not None
+    assert (found.path / "a.bin").read_bytes() == b"new"
+
+
+def test_a_manifest_that_names_a_file_outside_is_a_miss(session: Session, tmp_path: Path) -> None:
+    entry = publish(session, {"a.bin": b"abc"})
+    manifest = entry.folder / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["files"]["../../x"] = document["files"].pop("a.bin")
+    manifest.write_text(json.dumps(document))
+    assert session.find("onnx", KEY) is None
+
+
+def test_nothing_and_links_are_not_published(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="wrote no file"):
+        publish(session, {})
+    with session.scratch() as folder:
+        (folder / "artifact" / "a").symlink_to(tmp_path)
+        with pytest.raises(StageError, match="symbolic link"):
+            session.publish(entry_in(folder), {})
+    assert list(session.folder.iterdir()) == []
+    assert session.workspace.entries() == []
+
+
+def test_failure_leaves_nothing(session: Session) -> None:
+    with pytest.raises(ZeroDivisionError), session.scratch() as folder:
+        (folder / "artifact" / "a").write_text("half")
+        raise ZeroDivisionError
+    assert list(session.folder.iterdir()) == []
+    assert session.find("onnx", KEY) is None
+
+
+def test_sessions_remove_themselves(workspace: Workspace) -> None:
+    with open_session(workspace) as session:
+        assert session.folder.is_dir()
+    assert list(workspace.sessions.iterdir()) == []
+    assert list(workspace.locks.iterdir()) == []
+
+
+@contextmanager
+def other_process(workspace: Workspace, body: str) -> Iterator[subprocess.Popen[str]]:
+    """A process with a session of its own; it says `ready` and then waits for a line."""
+    program = f"""
+import sys
+from pathlib import Path
+from phiconv.workspace import Workspace
+from phiconv.workspace.session import open_session
+with open_session(Workspace(Path({str(workspace.home)!r}))) as session:
+{textwrap.indent(textwrap.dedent(body), "    ")}
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+SCRATCH = """
+    with session.scratch() as folder:
+        (folder / "artifact" / "half").write_text("half")
+        print("ready", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_live_one_has_is_not(
+    workspace: Workspace,
+) -> None:
+    with other_process(workspace, SCRATCH) as process:
+        with open_session(workspace) as session:
+            assert len(list(workspace.sessions.iterdir())) == 2
+        process.kill()
+        process.wait()
+        with open_session(workspace) as session:
+            assert [path.name for path in workspace.sessions.iterdir()] == [session.folder.name]
+
+
+def test_the_second_process_waits_for_the_lock(workspace: Workspace) -> None:
+    body = f"""
+    with session.lock({KEY!r}):
+        print("ready", flush=True)
+        sys.stdin.readline()
+    """
+    waited: list[bool] = []
+    with open_session(workspace) as session, other_process(workspace, body) as process:
+
+        def on_wait() -> None:
+            waited.append(True)
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+        with session.lock(KEY, on_wait):
+            pass
+        with session.lock(KEY, on_wait):
+            pass
+    assert waited == [True]
+
+
+def aged(entry: Entry, days: float) -> Entry:
+    then = time.time() - days * 86400
+    os.utime(entry.folder / "manifest.json", (then, then))
+    return entry
+
+
+def test_collects_by_age_then_by_size(session: Session) -> None:
+    keys = [f"{index:02d}" + "0" * 62 for index in range(4)]
+    for index, key in enumerate(keys):
+        aged(publish(session, {"a": b"x" * 100}, key), 10 - index)
+    dry = collect(session, older_than=timedelta(days=9.5), max_bytes=250, dry_run=True)
+    assert [entry.key for entry in dry.entries] == keys[:2]
+    assert dry.kept_bytes == 200
+    assert dry.freed_bytes == 200
+    assert len(session.workspace.entries()) == 4
+    collect(session, older_than=timedelta(days=9.5))
+    assert [entry.key for entry in session.workspace.entries()] == keys[1:]
+    collect(session, max_bytes=150)
+    assert [entry.key for entry in session.workspace.entries()] == keys[3:]
+    assert not (session.workspace.locks / f"{keys[0]}.lock").exists()
+    collect(session)
+    assert len(session.workspace.entries()) == 1
+
+
+def test_collects_broken_entries(session: Session) -> None:
+    (publish(session, {"a": b"x"}).folder / "manifest.json").unlink()
+    assert len(collect(session, dry_run=True).broken) == 1
+    assert len(collect(session).broken) == 1
+    assert list(session.workspace.folders()) == []
+
+
+def test_keeps_what_another_build_may_be_using(workspace: Workspace) -> None:
+    body = f"""
+    assert session.find("onnx", {KEY!r})
+    print("ready", flush=True)
+    sys.stdin.readline()
+    """
+    other = "cd" + KEY[2:]
+    with open_session(workspace) as session:
+        publish(session, {"a": b"x"})
+        aged(publish(session, {"a": b"x"}, other), 2)
+        with other_process(workspace, body):
+            done = collect(session, max_bytes=0)
+            assert [entry.key for entry in done.entries] == [other]
+            assert done.in_use == 1
+        assert [entry.key for entry in collect(session, max_bytes=0).entries] == [KEY]
+
+
+@pytest.mark.parametrize(
+    ("text", "days"), [("30d", 30), ("12h", 0.5), ("2w", 14), ("90m", 0.0625), ("86400s", 1)]
+)
+def test_reads_durations(text: str, days: float) -> None:
+    assert parse_duration(text) == timedelta(days=days)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20GB", 20 * 10**9),
+        ("1GiB", 2**30),
+        ("1.5 kb", 1500),
+        ("7", 7),
+        ("7B", 7),
+        ("2T", 2 * 10**12),
+    ],
+)
+def test_reads_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "d", "3", "3y", "-1d", "GB", "1XB"])
+def test_refuses_what_is_neither(text: str) -> None:
+    if text != "3":
+        with pytest.raises(RecipeError):
+            parse_size(text)
+    with pytest.raises(RecipeError):
+        parse_duration(text)
+
+
+def test_a_full_disk_is_found_among_the_causes(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    wrapped = RuntimeError("write failed")
+    wrapped.__cause__ = full
+    for error in (full, wrapped):
+        found = disk_full(error, tmp_path / "not" / "there", 5 * 10**9)
+        assert isinstance(found, EnvironmentLacksError)
+        assert "5.0 GB is needed" in found.message
+        assert size_text(free_bytes(tmp_path))[:2] in found.message
+        assert found.where == str(tmp_path)
+    assert disk_full(OSError(errno.EACCES, "no"), tmp_path, None) is None
+
+
+def test_a_workspace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(EnvironmentLacksError, match="workspace cannot be written"),
+        open_session(Workspace(tmp_path / "file" / "home")),
+    ):
+        pass
+
+
+def test_sizes_in_words() -> None:
+    assert [size_text(n) for n in (0, 999, 1000, 999_949, 999_950, 2_500_000_000)] == [
+        "0 B",
+        "999 B",
+        "1.0 KB",
+        "999.9 KB",
+        "1.0 MB",
+        "2.5 GB",
+    ]
+
+
+def test_same_device_of_places_that_do_not_exist(tmp_path: Path) -> None:
+    assert same_device(tmp_path / "a" / "b", tmp_path / "c")
