@@ -1,0 +1,149 @@
+"""Per-block search of the scale that minimises the squared rounding error of a row.
+
+The idea of llama.cpp's `make_qx_quants`, extended to zero points: for a handful of step widths
+around the plain one, round the block, solve for the scale that fits those codes best in the least
+squares sense, keep the best. Measured on normal weights, a grid four times as fine, scales of the
+other sign or neighbouring zero points would lower the error by less than another 0.5 %.
+
+All blocks of a row are searched side by side, one a vector lane: every sum runs over a block's
+columns in their order, whatever the vector width, so the result is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phiconv.kernels.floats import f16_to_f32, f32_to_f16
+from phiconv.kernels.jit import routine
+
+Array = npt.NDArray[Any]
+
+_BELOW_HALF = np.float32(0.49999997)  # the float32 below 0.5
+
+
+@routine
+def code(value: Any, reciprocal: Any, zero: Any, top: Any) -> Any:
+    """`clamp(roundf(value * reciprocal + zero), 0, top)` before its fraction is cut off.
+
+    `roundf` rounds halves away from zero; adding the float below one half and truncating does the
+    same, where adding one half would lift 0.49999997 to 1. NaN (zero times an overflowed
+    reciprocal) becomes 0, as it does in ONNX Runtime.
+    """
+    shifted = value * reciprocal + zero
+    shifted = (shifted if shifted > np.float32(0) else np.float32(0)) + _BELOW_HALF
+    return shifted if shifted < top else top
+
+
+@routine
+def _centred_code(value: Any, reciprocal: Any, low: Any, high: Any) -> Any:
+    """`round(clamp(value * reciprocal, low, high))`; how halves are rounded matters little here."""
+    scaled = value * reciprocal
+    scaled = scaled if scaled > low else low
+    return np.rint(scaled if scaled < high else high)
+
+
+@routine
+def _fit(columns: Array, reciprocal: Array, zero: Array, top: Any, dot: Array, norm: Array) -> None:
+    """Rounds all blocks and sums `dot = sum(x * c)` and `norm = sum(c * c)` over codes `c`.
+
+    Args:
+        columns: `[block_size, blocks]` weights.
+        reciprocal: `[blocks]` reciprocal scales.
+        zero: `[blocks]` zero points.
+        top: The largest code.
+        dot: Receives `[blocks]`; `dot / norm` is the scale that fits the codes best, and
+            `dot * dot / norm` what it takes off the squared norm of the block.
+        norm: Receives `[blocks]`.
+    """
+    for b in range(dot.shape[0]):
+        dot[b] = np.float32(0)
+        norm[b] = np.float32(0)
+    for j in range(0, columns.shape[0], 4):
+        x0, x1, x2, x3 = columns[j], columns[j + 1], columns[j + 2], columns[j + 3]
+        for b in range(dot.shape[0]):
+            r, low, high = reciprocal[b], -zero[b], top - zero[b]
+            c0 = _centred_code(x0[b], r, low, high)
+            c1 = _centred_code(x1[b], r, low, high)
+            c2 = _centred_code(x2[b], r, low, high)
+            c3 = _centred_code(x3[b], r, low, high)
+            dot[b] += (x0[b] * c0 + x1[b] * c1) + (x2[b] * c2 + x3[b] * c3)
+            norm[b] += (c0 * c0 + c1 * c1) + (c2 * c2 + c3 * c3)
+
+
+@routine
+def _squared_error(
+    columns: Array, scale: Array, reciprocal: Array, zero: Array, top: Any, error: Array
+) -> None:
+    """Squared error of all blocks, float64 `[blocks]`, against what dequantization returns."""
+    for b in range(error.shape[0]):
+        error[b] = 0.0
+    for j in range(columns.shape[0]):
+        column = columns[j]
+        for b in range(error.shape[0]):
+            c = np.floor(code(column[b], reciprocal[b], zero[b], top)) - zero[b]
+            difference = np.float64(column[b]) - np.float64(c * scale[b])
+            error[b] += difference * difference
+
+
+@routine
+def round_scale(scale: Any, half: bool) -> Any:
+    """A float32 scale as it is stored: itself, or rounded to float16."""
+    if half:
+        return np.int32(f16_to_f32(f32_to_f16(np.float32(scale).view(np.int32)))).view(np.float32)
+    return np.float32(scale)
+
+
+@routine
+def reciprocal_of(scale: Any) -> Any:
+    """`1 / scale`, or 0 for a scale of zero."""
+    return np.float32(1) / scale if scale != np.float32(0) else np.float32(0)
+
+
+@routine
+def search_scales(
+    columns: Array, scale: Array, reciprocal: Array, zero: Array, top: Any, half: bool
+) -> None:
+    """Replaces scales and their reciprocals where that lowers a block's squared error.
+
+    Args:
+        columns: float32 `[block_size, blocks]`, the weights of a row, block by column.
+        scale: float32 `[blocks]` scales by the plain rule; receives the better ones.
+        reciprocal: float32 `[blocks]`, their reciprocals; updated with them.
+        zero: float32 `[blocks]` zero points, which stay.
+        top: The largest code, 15 or 255.
+        half: Scales are stored as float16.
+    """
+    blocks = scale.shape[0]
+    trial = np.empty(blocks, np.float32)
+    dot = np.empty(blocks, np.float32)
+    norm = np.empty(blocks, np.float32)
+    best = np.full(blocks, np.float32(-1))
+    better = scale.copy()
+    for step in range(14):
+        # 4 bits: 7/8 to 6/5 of the plain number of steps; 8 bits: 5/6 to 1, clipping never pays
+        stretch = 0.85 + 0.025 * step if top < 16 else 1 - 0.0125 * step
+        for b in range(blocks):
+            trial[b] = reciprocal[b] * np.float32(stretch)
+        _fit(columns, trial, zero, top, dot, norm)
+        for b in range(blocks):
+            fitted = dot[b] / norm[b]
+            gain = (fitted * reciprocal[b]) * (dot[b] * reciprocal[b])
+            better[b] = fitted if gain > best[b] else better[b]
+            best[b] = gain if gain > best[b] else best[b]
+    for b in range(blocks):
+        trial[b] = reciprocal_of(better[b])
+    _fit(columns, trial, zero, top, dot, norm)
+    for b in range(blocks):
+        better[b] = round_scale(dot[b] / norm[b], half)
+        trial[b] = reciprocal_of(better[b])
+    plain_error = np.empty(blocks, np.float64)
+    error = np.empty(blocks, np.float64)
+    _squared_error(columns, scale, reciprocal, zero, top, plain_error)
+    _squared_error(columns, better, trial, zero, top, error)
+    for b in range(blocks):
+        if error[b] < plain_error[b] * (1 - 1e-9):
+            scale[b] = better[b]
+            reciprocal[b] = trial[b]
