@@ -84,7 +84,9 @@ def test_genai_decodes_as_hugging_face_generates(tmp_path: Path, home: Path) -> 
     prompt = tokenizer.encode(PROMPT)
     assert list(prompt) == token_ids().tolist()
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=len(prompt) + 64, min_length=len(prompt) + 64)
+    parameters.set_search_options(
+        do_sample=False, max_length=len(prompt) + 64, min_length=len(prompt) + 64
+    )
     generator = og.Generator(model, parameters)
     generator.append_tokens(prompt)
     while not generator.is_done():
@@ -109,7 +111,13 @@ def test_fp16_cuda_graph_on_the_cpu(tmp_path: Path, home: Path) -> None:
 
 def test_int4_bytes_equal_the_builders(tmp_path: Path, home: Path) -> None:
     build(
-        "int4-cpu.yaml", tmp_path / "out", home, "--set", "int4.search=none", "--set", "int4.lm_head.bits=4"
+        "int4-cpu.yaml",
+        tmp_path / "out",
+        home,
+        "--set",
+        "int4.search=none",
+        "--set",
+        "int4.lm_head.bits=4",
     )
     theirs = build_with_builder(
         TINY, tmp_path / "theirs", "int4", "cpu", "block_size=32", "accuracy_level=4"
@@ -124,7 +132,11 @@ def test_int4_bytes_equal_the_builders(tmp_path: Path, home: Path) -> None:
 def test_every_shipped_recipe_passes_its_gates(recipe: str, tmp_path: Path, home: Path) -> None:
     report = build(recipe, tmp_path / "out", home)
     assert report["verdict"] == "passed"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"artifact", "report", "manifest.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "artifact",
+        "report",
+        "manifest.json",
+    }
 
 
 def test_builds_are_byte_identical_and_cached(tmp_path: Path) -> None:

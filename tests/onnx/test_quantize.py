@@ -48,7 +48,7 @@ def test_int4_bytes_equal_the_builders(
         "int4",
         provider,
         f"is_symmetric={str(symmetric).lower()}",
-        f"matmul_block_size={block_size}",
+        f"block_size={block_size}",
         "accuracy_level=4",
     )
     ours, expected = initializers(tmp_path / "ours"), initializers(theirs)
