@@ -126,3 +126,9 @@ def test_a_gate_that_could_never_be_judged_is_found_beforehand(
 
 def test_every_wrong_gate_is_reported_at_once() -> None:
     assert len(check_gates({"a": {"max": 1}, "b": {"max": 1}}, generates=False)) == 2
+
+
+def test_a_limit_just_below_the_value_is_told_apart_from_it() -> None:
+    gates = {"kl_divergence.mean": {"max": math.nextafter(8.92134e-05, 0)}}
+    (result,) = judge(measurement(kl_divergence__mean=8.92134e-05), gates)
+    assert "measured 8.92134e-05, limit max 8.921339999999999e-05," in str(result)

@@ -20,7 +20,7 @@ def kl_mean(positions: PositionStatistics) -> float:
 
 
 def kl_standard_error(positions: PositionStatistics) -> float:
-    """Standard error of `kl_mean`: sample standard deviation / sqrt(positions)."""
+    """Standard error of the mean: sample standard deviation / sqrt(positions)."""
     return _standard_error(positions.kl_divergence)
 
 
@@ -70,7 +70,7 @@ def perplexity_ratio(positions: PositionStatistics) -> float:
 
 
 def perplexity_ratio_standard_error(positions: PositionStatistics) -> float:
-    """Standard error of `perplexity_ratio`: ratio x that of the paired mean log ratio."""
+    """Standard error of the ratio: the ratio x that of the mean paired log ratio."""
     return perplexity_ratio(positions) * _standard_error(_log_ratio(positions))
 
 
@@ -102,7 +102,7 @@ def cosine_min(positions: PositionStatistics) -> float:
 
 
 def decode_error(prefill: NDArray[np.float32], decode: NDArray[np.float32]) -> float:
-    """Greatest |logit of prefill - logit of token-by-token decoding| at the same positions.
+    """Greatest difference of a logit, prefill against token-by-token decoding.
 
     Args:
         prefill: Logits of one pass over the window, [n, V].

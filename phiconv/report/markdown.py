@@ -28,11 +28,14 @@ def report_markdown(result: RunResult) -> str:
 def _validation(validation: Validation) -> list[str]:
     measurement = validation.measurement
     lines = [
-        f"**{_escape(validation.stage)}**: {validation.verdict}; artifact "
-        f"{_escape(validation.artifact)}, tokens {_escape(str(measurement.tokens))}",
+        f"**{_escape(validation.stage)}** of {_escape(validation.artifact)}: "
+        f"{_escape(validation.verdict)}; tokens {_escape(str(measurement.tokens))}",
     ]
     if measurement.status == "not_run":
         return lines
+    failures = text.failures(validation)
+    if failures:
+        lines += ["", *(f"- {_escape(failure)}" for failure in failures)]
     gated = {gate.metric for gate in validation.gates}
     rows: list[Sequence[str]] = [
         (

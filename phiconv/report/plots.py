@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from phiconv.report.results import Histogram, PositionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Stand-ins that matplotlib writes into the SVG, each replaced by a variable of the page's style.
 _COLOURS = {"#010203": "--ink", "#040506": "--faint", "#070809": "--accent", "#0a0b0c": "--second"}
@@ -59,7 +59,7 @@ def kl_distribution_svg(histogram: Histogram, name: str, *, mean: float | None) 
         bins = edges[first : last + 2]
         axes.bar(bins[:-1], shares, width=np.diff(bins), align="edge", color=_ACCENT, alpha=0.85)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(_power_of_ten)
+        _logarithmic_ticks(axes.xaxis, bins[0], bins[-1])
         axes.set_xlabel("KL divergence, nats")
         axes.set_ylabel("% of positions")
         if mean is not None and mean > 0:
@@ -89,11 +89,11 @@ def kl_by_position_svg(error: PositionError, name: str, window_length: int) -> s
         axes.plot(
             centres, mean, color=_ACCENT, linewidth=1.6, marker=".", markersize=3, label="mean"
         )
-        positive = np.concatenate([mean, p90])
-        if (positive > 0).any():
+        drawn = np.concatenate([mean, p90])
+        drawn = drawn[drawn > 0]
+        if drawn.size:
             axes.set_yscale("log", nonpositive="mask")
-            axes.yaxis.set_major_formatter(_power_of_ten)
-            axes.yaxis.set_minor_formatter(_nothing)
+            _logarithmic_ticks(axes.yaxis, drawn.min(), drawn.max())
         axes.set_xlim(0, window_length)
         axes.set_xlabel("position in the window")
         axes.set_ylabel("KL divergence, nats")
@@ -102,13 +102,22 @@ def kl_by_position_svg(error: PositionError, name: str, window_length: int) -> s
     return _svg(draw, f"KL by position of {name}")
 
 
-def _power_of_ten(value: float, _position: float) -> str:
-    """A tick's label as one word of text; matplotlib's own is a formula set glyph by glyph."""
-    return f"1e{round(math.log10(value))}"
+def _logarithmic_ticks(axis: Axis, least: float, greatest: float) -> None:
+    """Ticks of a logarithmic axis, also between powers of ten where there are few of those.
+
+    The labels are one word of text each; matplotlib's own are formulas set glyph by glyph.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    narrow = greatest < 100 * least
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
+    axis.set_major_formatter(FuncFormatter(_tick))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _nothing(_value: float, _position: float) -> str:
-    return ""
+def _tick(value: float, _position: int | None) -> str:
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _svg(draw: Callable[[Axes], None], label: str) -> str:

@@ -10,6 +10,7 @@ JSON forms are valid JSON everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -146,12 +147,22 @@ class GateResult:
     tokens: str
 
     def __str__(self) -> str:
-        measured = "not finite" if self.measured is None else f"{self.measured:.6g}"
+        measured, limit = self._figures()
         verb = "passed" if self.passed else "failed"
         return (
-            f"{verb}: {self.metric} measured {measured}, limit {self.bound} {self.limit:.6g}, "
+            f"{verb}: {self.metric} measured {measured}, limit {self.bound} {limit}, "
             f"provider {self.provider}, tokens {self.tokens}"
         )
+
+    def _figures(self) -> tuple[str, str]:
+        """Both in six digits, or in as many as it takes to tell them apart."""
+        if self.measured is None or not math.isfinite(self.measured):
+            return "not finite", f"{self.limit:.6g}"
+        for digits in range(6, 18):
+            measured, limit = f"{self.measured:.{digits}g}", f"{self.limit:.{digits}g}"
+            if measured != limit or self.measured == self.limit:
+                break
+        return measured, limit
 
 
 @dataclass(frozen=True)

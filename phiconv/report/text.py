@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from phiconv.report.results import RunResult, Status, Validation
 
 STATUS_WORDS: dict[Status, str] = {
@@ -13,9 +15,11 @@ STATUS_WORDS: dict[Status, str] = {
 
 
 def number(value: float | None) -> str:
-    """A measured value with four significant digits."""
-    if value is None:
+    """A measured value with four significant digits, more where it is near one."""
+    if value is None or not math.isfinite(value):
         return "not finite"
+    if 0.9 < abs(value) < 1.1:
+        return f"{value:.5f}"
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.3e}"
     return f"{value:.4g}"
@@ -27,25 +31,29 @@ def limit(value: float) -> str:
 
 
 def size(size_bytes: int | None) -> str:
-    """Bytes in binary units, three significant digits."""
+    """Bytes in decimal units, such as `2.4 GB`; empty for None."""
     if size_bytes is None:
         return ""
-    value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} GiB" if value < 1000 else f"{value:.0f} GiB"
+    value, unit = float(size_bytes), "B"
+    for larger in ("KB", "MB", "GB", "TB"):
+        if value < 999.95:
+            break
+        value, unit = value / 1000, larger
+    return f"{size_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours."""
+    """Such as `3.2 s`, `4 min 05 s`, `2 h 03 min`; empty for None."""
     if seconds is None:
         return ""
     if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def digest(value: str) -> str:

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phiconv.report import write_reports
+from phiconv.report.distribution import kl_by_position, kl_histogram
+from phiconv.report.html import report_html
+from phiconv.report.plots import kl_by_position_svg, kl_distribution_svg
+from phiconv.report.results import Histogram, PositionError
+from tests.report.results import every_status, kl_values, measured, result, validation
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects what a test asks about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.requests: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "data", "action", "srcset"):
+                self.requests += [] if (value or "").startswith("#") else [value or ""]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_it_is_well_formed_and_asks_nothing_of_the_network() -> None:
+    text = report_html(every_status())
+    page = Page(text)
+    assert page.requests == []
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert not re.search(r"url\((?!#)", text), "no style asks for a file either"
+    assert len(page.ids) == len(set(page.ids)), "ids of different plots must not meet"
+    assert page.tags.count("svg") == 6, "two plots a measurement"
+
+
+def test_the_verdict_comes_first() -> None:
+    words = " ".join(" ".join(Page(report_html(every_status())).words).split())
+    verdict = words.index("passed on CPUExecutionProvider, target DmlExecutionProvider not present")
+    assert verdict < words.index("Accuracy:")
+    for text in (
+        "failed: top1_agreement measured 0.5, limit min 0.9",
+        "not run, target DmlExecutionProvider not present",
+        "25 on CPUExecutionProvider: 4 GroupQueryAttention, 21 MatMulNBits",
+        "tiny <phi3> & co | _x_",
+        "int4 block 32",
+        "from the cache",
+        "not finite",
+    ):
+        assert text in words, text
+
+
+def test_a_build_without_validation_has_a_page_too() -> None:
+    page = Page(report_html(replace(result(), tensor_kinds=(), files=())))
+    assert "built, not validated" in page.words
+    assert "svg" not in page.tags
+
+
+def test_the_page_is_the_same_every_time() -> None:
+    assert report_html(every_status()) == report_html(every_status())
+
+
+def plots() -> list[str]:
+    kl = kl_values()
+    return [
+        kl_distribution_svg(kl_histogram(kl), "check", mean=float(kl.mean())),
+        kl_by_position_svg(kl_by_position(kl), "check", 512),
+    ]
+
+
+@pytest.mark.parametrize("svg", plots(), ids=["distribution", "position"])
+def test_plots_take_the_pages_colours_and_keep_their_text(svg: str) -> None:
+    assert svg.startswith("<svg viewBox=")
+    assert svg.endswith("</svg>")
+    assert not re.search(r"#[0-9a-fA-F]{6}\b", svg), "a fixed colour is wrong in the dark"
+    assert "var(--ink)" in svg
+    assert "var(--accent)" in svg
+    assert "KL divergence, nats</text>" in svg
+    assert "http" not in svg
+
+
+@pytest.mark.parametrize(
+    "kl",
+    [np.zeros((2, 8)), np.full((2, 8), 1e-7), np.full((1, 1), 2.0), kl_values(1e6)],
+    ids=["zeros", "constant", "one", "lost"],
+)
+def test_plots_of_unusual_values(kl: np.ndarray) -> None:
+    kl_distribution_svg(kl_histogram(kl), "check", mean=float(kl.mean()))
+    kl_by_position_svg(kl_by_position(kl), "check", kl.shape[1])
+
+
+def test_plots_without_values() -> None:
+    kl_distribution_svg(Histogram((0.0, 1.0), (0,)), "check", mean=None)
+    kl_by_position_svg(PositionError((0,), (None,), (None,)), "check", 4)
+
+
+def test_all_reports_are_written(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "report"
+    write_reports(result(validation("check", measured())), folder)
+    names = sorted(file.name for file in folder.iterdir())
+    assert names == ["junit.xml", "report.html", "report.json", "report.md"]
+    for file in folder.iterdir():
+        assert b"\r" not in file.read_bytes()
