@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from phiconv import machine
+from phiconv.checkpoint import Checkpoint
+from phiconv.errors import EnvironmentLacksError, StageError
+from phiconv.gates import judge
+from phiconv.metrics import METRICS
+from phiconv.report.document import read_measurement
+from phiconv.report.results import Validation
+from phiconv.runtimes.stored_reference import load_reference
+from phiconv.stages.reference import Reference, TokenSetParams
+from phiconv.stages.stage import Artifact, Prerequisites, StageContext
+from phiconv.stages.validate import Validate, ValidateParams
+from tests.onnx.models import hugging_face_logits
+from tests.onnx_artifacts import write_onnx_artifact
+from tests.phi3_checkpoints import write_phi3_checkpoint
+
+CPU = machine.CPU
+SHORT = {"windows": 3, "window_length": 64}
+
+
+@dataclass
+class Recorder:
+    """A `Progress` that keeps what it is told."""
+
+    total: int | None = None
+    done: int = 0
+    items: list[str] = field(default_factory=list)
+
+    def start(self, total: int | None, unit: str = "bytes") -> None:
+        self.total = total
+
+    def advance(self, amount: int, what: str | None = None) -> None:
+        self.done += amount
+        self.items.append(what or "")
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A checkpoint, its reference over three short windows and its fp32 artifact."""
+
+    checkpoint: Checkpoint
+    reference: Artifact
+    onnx: Artifact
+
+    def validate(self, out: Path, onnx: Path | None = None, **params: Any) -> Validation:
+        out.mkdir()
+        artifact = self.onnx if onnx is None else Artifact("edited", "onnx", "0" * 64, onnx)
+        context = StageContext(out, (artifact, self.reference), self.checkpoint, threads=2)
+        parsed = ValidateParams(**SHORT, **params)
+        Validate().run(parsed, context)
+        measurement = read_measurement(out)
+        return Validation("check", artifact.id, measurement, judge(measurement, parsed.limits()))
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    folder = tmp_path_factory.mktemp("validate")
+    path = write_phi3_checkpoint(folder / "checkpoint", sliding_window=40)
+    checkpoint = Checkpoint(path)
+    progress = Recorder()
+    (folder / "reference").mkdir()
+    context = StageContext(folder / "reference", (), checkpoint, threads=2, progress=progress)
+    facts = Reference().run(TokenSetParams(**SHORT), context)
+    assert progress.total == progress.done == 3 * 64 * 2
+    assert facts["tokens"] == 192
+    return Workshop(
+        checkpoint,
+        Artifact("reference", "reference", "1" * 64, folder / "reference"),
+        Artifact("onnx", "onnx", "2" * 64, write_onnx_artifact(path, folder / "onnx")),
+    )
+
+
+def test_the_reference_is_stored_without_its_logits(workshop: Workshop) -> None:
+    found = load_reference(workshop.reference.path)
+    assert found.hidden.shape == (3, 64, 128)
+    assert found.hidden.dtype == np.float32
+    assert found.windows.shape == (3, 64)
+    assert (found.tokens.name, found.tokens.windows, found.tokens.window_length) == (
+        "default",
+        3,
+        64,
+    )
+    assert found.tokens.sources
+    assert set(found.versions) == {"torch", "transformers"}
+
+
+def test_two_references_are_the_same_bytes(workshop: Workshop, tmp_path: Path) -> None:
+    context = StageContext(tmp_path, (), workshop.checkpoint, threads=1)
+    Reference().run(TokenSetParams(**SHORT), context)
+    for file in workshop.reference.path.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_broken_reference_is_a_stage_error(workshop: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="not a reference"):
+        load_reference(tmp_path)
+    (tmp_path / "reference.json").write_text("{}")
+    with pytest.raises(StageError, match="not a reference"):
+        load_reference(tmp_path)
+
+
+def test_an_fp32_export_measures_as_hugging_face(workshop: Workshop, tmp_path: Path) -> None:
+    found = workshop.validate(
+        tmp_path / "out",
+        gates={"logit_error.max": {"max": 1e-4}, "top1_agreement": {"min": 1.0}},
+    )
+    assert found.verdict == "passed on CPUExecutionProvider"
+    metrics = found.measurement.metrics
+    assert set(metrics) == {name for name, m in METRICS.items() if not m.needs_generation}
+    assert metrics["kl_divergence.max"] < 1e-9
+    assert metrics["perplexity.ratio"] == pytest.approx(1, abs=1e-5)
+    windows = load_reference(workshop.reference.path).windows
+    logits = np.stack([hugging_face_logits(workshop.checkpoint.path, w) for w in windows])
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_p[:, :-1], windows[:, 1:, None], axis=-1)
+    assert metrics["perplexity.reference"] == pytest.approx(np.exp(-chosen.mean()), rel=1e-5)
+    assert found.measurement.provenance.placement[CPU]["GroupQueryAttention"] == 2
+
+
+def test_the_values_of_every_position_are_kept(workshop: Workshop, tmp_path: Path) -> None:
+    found = workshop.validate(tmp_path / "out")
+    with np.load(tmp_path / "out" / "positions.npz") as arrays:
+        kl = arrays["kl_divergence"]
+        assert kl.shape == (3, 64)
+        assert kl.dtype == np.float32
+        log_p = arrays["reference_log_probability"]
+        assert np.isnan(log_p[:, -1]).all()
+        assert np.isfinite(log_p[:, :-1]).all()
+    assert found.measurement.metrics["kl_divergence.mean"] == pytest.approx(kl.mean(), rel=1e-5)
+    histogram = found.measurement.kl_histogram
+    assert histogram is not None
+    assert sum(histogram.counts) == 192
+
+
+def test_the_measurement_is_the_same_bytes_every_time(workshop: Workshop, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        workshop.validate(tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_another_artifact_fails_its_gates_with_one_line_each(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    other = write_phi3_checkpoint(tmp_path / "other", seed=1)
+    found = workshop.validate(
+        tmp_path / "out",
+        write_onnx_artifact(other, tmp_path / "onnx"),
+        gates={"top1_agreement": {"min": 0.9}, "kl_divergence.mean": {"max": 0.1, "min": 0}},
+    )
+    assert found.verdict == "failed on CPUExecutionProvider"
+    lines = [str(gate) for gate in found.gates if not gate.passed]
+    assert len(lines) == 2
+    assert lines[0].startswith("failed: top1_agreement measured 0")
+    assert "limit min 0.9, provider CPUExecutionProvider, tokens default 3x64 (" in lines[0]
+
+
+def test_genai_decodes_as_it_prefills_and_generates_as_the_reference(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    found = workshop.validate(
+        tmp_path / "out",
+        runtime="onnxruntime-genai",
+        generate_tokens=24,
+        gates={"decode_error.max": {"max": 1e-4}, "greedy_agreement": {"min": 1.0}},
+    )
+    assert found.status == "passed"
+    assert found.measurement.provenance.runtime == "onnxruntime-genai"
+    assert found.measurement.metrics["logit_error.max"] < 1e-4
+
+
+def test_genai_finds_a_generation_that_is_not_the_references(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    other = write_phi3_checkpoint(tmp_path / "other", seed=1)
+    found = workshop.validate(
+        tmp_path / "out",
+        write_onnx_artifact(other, tmp_path / "onnx"),
+        runtime="onnxruntime-genai",
+        generate_tokens=24,
+        gates={"greedy_agreement": {"min": 1.0}},
+    )
+    assert found.status == "failed"
+    assert found.measurement.metrics["decode_error.max"] < 1e-4
+
+
+class TestWithoutTheTargetProvider:
+    @pytest.fixture(autouse=True)
+    def only_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "providers", lambda: (CPU,))
+
+    def test_require_does_no_work(self, workshop: Workshop, tmp_path: Path) -> None:
+        with pytest.raises(EnvironmentLacksError) as caught:
+            workshop.validate(tmp_path / "out", tmp_path / "no artifact", provider="cuda")
+        assert caught.value.exit_code == 5
+
+    def test_fallback_says_so_in_the_verdict(self, workshop: Workshop, tmp_path: Path) -> None:
+        gates = {"top1_agreement": {"min": 0.9}}
+        found = workshop.validate(
+            tmp_path / "out", provider="dml", when_missing="fallback-cpu", gates=gates
+        )
+        assert found.verdict == (
+            "passed on CPUExecutionProvider, target DmlExecutionProvider not present"
+        )
+
+    def test_skip_measures_nothing_and_is_not_passed(
+        self, workshop: Workshop, tmp_path: Path
+    ) -> None:
+        found = workshop.validate(
+            tmp_path / "out",
+            tmp_path / "no artifact",
+            provider="cuda",
+            when_missing="skip",
+            gates={"top1_agreement": {"min": 0.0}},
+        )
+        assert found.status == "not_run"
+        assert found.verdict == "not run, target CUDAExecutionProvider not present"
+        assert found.gates == ()
+        assert found.measurement.metrics == {}
+
+    @pytest.mark.parametrize("when_missing", ["require", "fallback-cpu", "skip"])
+    def test_what_the_plan_is_told(self, when_missing: str) -> None:
+        params = ValidateParams(provider="cuda", when_missing=when_missing)
+        (requirement,) = Validate().requires(params)
+        assert requirement.name == machine.CUDA
+        assert requirement.optional == (when_missing != "require")
+        provider = {"require": machine.CUDA, "fallback-cpu": CPU, "skip": None}[when_missing]
+        assert Validate().key_params(params)["provider"] == provider
+
+
+def key(stage: Any, params: Any) -> str:
+    return json.dumps(stage.key_params(params), sort_keys=True)
+
+
+def test_gates_are_no_part_of_a_measurements_key() -> None:
+    plain = ValidateParams()
+    gated = ValidateParams(gates={"top1_agreement": {"min": 0.9}})
+    assert key(Validate(), plain) == key(Validate(), gated)
+    assert key(Validate(), plain) != key(Validate(), ValidateParams(runtime="onnxruntime-genai"))
+
+
+def test_the_key_changes_when_the_provider_appears(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = ValidateParams(provider="cuda", when_missing="fallback-cpu")
+    monkeypatch.setattr(machine, "providers", lambda: (CPU,))
+    without = key(Validate(), params)
+    monkeypatch.setattr(machine, "providers", lambda: (machine.CUDA, CPU))
+    assert key(Validate(), params) != without
+
+
+def test_the_references_key_has_the_texts_not_the_path(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text", encoding="utf-8")
+    a, b = (TokenSetParams(tokens=str(tmp_path / name)) for name in ("a.txt", "b.txt"))
+    assert key(Reference(), a) == key(Reference(), b)
+    (tmp_path / "b.txt").write_text("other text", encoding="utf-8")
+    assert key(Reference(), a) != key(Reference(), b)
+    assert key(Reference(), a) != key(Reference(), TokenSetParams(tokens=a.tokens, windows=7))
+
+
+def test_validations_on_the_same_tokens_share_a_reference() -> None:
+    stage = Validate()
+    assert isinstance(stage, Prerequisites)
+    one = stage.prerequisites(ValidateParams(windows=4))
+    two = stage.prerequisites(ValidateParams(windows=4, provider="dml", runtime="onnxruntime"))
+    assert one == two
+    assert one[0].uses == "reference"
+    assert TokenSetParams.model_validate(dict(one[0].params)).windows == 4
+    assert stage.prerequisites(ValidateParams(windows=5)) != one
+
+
+def test_a_token_file_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    context = {"folder": tmp_path}
+    parsed = ValidateParams.model_validate({"tokens": "texts.jsonl"}, context=context)
+    assert parsed.tokens == str(tmp_path / "texts.jsonl")
+    assert ValidateParams.model_validate({}, context=context).tokens == "default"
+
+
+def test_what_cannot_work_is_found_at_plan_time(workshop: Workshop) -> None:
+    config = workshop.checkpoint.config
+    assert Validate().check(ValidateParams(), config) == []
+    params = ValidateParams(
+        tokens="/absent.jsonl",
+        window_length=4096,
+        runtime="onnxruntime-genai",
+        generate_tokens=2000,
+        gates={"top1_agrement": {"min": 0.9}},
+    )
+    errors = Validate().check(params, config)
+    messages = [error.message for error in errors]
+    assert len(errors) == 4
+    assert "cannot be read" in messages[0]
+    assert messages[1] == "window_length 4096 exceeds the model's context of 512"
+    assert messages[2].startswith("generate_tokens 2000 after a prompt of 32")
+    assert messages[3] == "unknown metric 'top1_agrement'"
+    assert "did you mean 'top1_agreement'?" in (errors[3].remedy or "")
+    assert all(error.exit_code == 2 for error in errors)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"provider": "rocm"},
+        {"gates": {"top1_agreement": {"least": 0.9}}},
+        {"windows": 0},
+        {"token": "default"},
+        {"when_missing": "ignore"},
+    ],
+)
+def test_unknown_keys_and_values_are_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ValidateParams(**params)
+
+
+def test_the_reference_estimates_what_it_takes(workshop: Workshop) -> None:
+    config = workshop.checkpoint.config
+    estimate = Reference().estimate(TokenSetParams(**SHORT), config, ())
+    size = sum(f.stat().st_size for f in workshop.reference.path.glob("hidden.npy"))
+    assert abs(estimate.disk_bytes - size) < 1000
+    longer = Reference().estimate(TokenSetParams(windows=100), config, ())
+    assert longer.ram_bytes > estimate.ram_bytes > 0
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_verdict_names_cuda(workshop: Workshop, tmp_path: Path) -> None:
+    onnx = write_onnx_artifact(workshop.checkpoint.path, tmp_path / "onnx", "cuda", "fp16")
+    gates = {"kl_divergence.mean": {"max": 1e-4}}
+    for runtime in ("onnxruntime", "onnxruntime-genai"):
+        out = tmp_path / runtime
+        found = workshop.validate(out, onnx, provider="cuda", runtime=runtime, gates=gates)
+        assert found.verdict == "passed on CUDAExecutionProvider"
