@@ -61,9 +61,10 @@ class OnnxSummary:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits a parameter, scales and zero points included."""
-        parameters = sum(record.parameters for record in self.weights)
-        return 8 * sum(record.size_bytes for record in self.weights) / max(parameters, 1)
+        """Mean bits a weight, scales and zero points included; rotary caches are no weights."""
+        records = [record for record in self.weights if record.kind != "rotary"]
+        parameters = sum(record.parameters for record in records)
+        return 8 * sum(record.size_bytes for record in records) / max(parameters, 1)
 
 
 @dataclass(frozen=True)

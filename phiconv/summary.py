@@ -117,7 +117,7 @@ def _figures(built: Built) -> list[str]:
     stages = built.result.stages
     ran = [stage for stage in stages if not stage.cached]
     seconds = seconds_text(sum(stage.wall_s or 0 for stage in ran))
-    figures = [f"{len(ran)} of {len(stages)} stages run in {seconds}"]
+    figures = [f"{len(ran)} of {len(stages)} stages run in {seconds}" if ran else "all cached"]
     peak = max((stage.peak_rss_bytes or 0 for stage in ran), default=0)
     if peak:
         figures.append(f"peak memory {size_text(peak)}")

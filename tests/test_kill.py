@@ -1,0 +1,107 @@
+"""kill -9 at any moment: the next build succeeds and nothing broken is ever left standing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from phiconv.publish import LINKED_BYTES
+from phiconv.workspace.entry import sha256_file
+from tests.toy_stages import Bench, assert_whole
+
+ROOT = Path(__file__).parent.parent
+COPIED = 1 << 20
+LINKED = LINKED_BYTES + 4
+"""Sizes of the artifact's parts: below and above what is linked into the output."""
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+
+
+def start(
+    bench: Bench, part_bytes: int, *options: str, pause: float = 0.03
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tests.toy_cli", str(pause), str(part_bytes)),
+            *("build", str(bench.recipe())),
+            *("--model", str(bench.checkpoint), "--out", str(bench.out), *options),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PHICONV_HOME": str(bench.workspace.home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_no_broken_hit(bench: Bench) -> None:
+    """Every entry that would be a hit holds exactly the bytes that were published."""
+    for entry in bench.workspace.entries():
+        found = bench.workspace.lookup(entry.kind, entry.key)
+        assert found is not None
+        for name, stamp in found.files.items():
+            assert sha256_file(found.path / name) == stamp.sha256
+
+
+def kill_builds(bench: Bench, kills: int, part_bytes: int, seed: int) -> None:
+    moments = random.Random(seed)
+    began = time.monotonic()
+    first = start(bench, part_bytes)
+    _, errors = first.communicate()
+    assert first.returncode == 0, errors
+    duration = time.monotonic() - began
+    for kill in range(kills):
+        # Every build has all to do, and other bytes than the one before to publish.
+        process = start(bench, part_bytes, "--rebuild", "--set", f"int4.bits={4 + 4 * (kill % 2)}")
+        time.sleep(moments.uniform(0.2, 1.1) * duration)
+        process.kill()
+        process.communicate()
+        assert_whole(bench.out)
+        assert_no_broken_hit(bench)
+    process = start(bench, part_bytes)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert (bench.out / "manifest.json").is_file()
+    assert_whole(bench.out)
+    assert_no_broken_hit(bench)
+    assert list(bench.workspace.sessions.iterdir()) == []
+    assert {path.name for path in bench.out.iterdir()} == {"artifact", "report", "manifest.json"}
+
+
+def test_three_kills(bench: Bench) -> None:
+    kill_builds(bench, 3, COPIED, seed=1)
+
+
+@pytest.mark.slow
+def test_twenty_kills(bench: Bench) -> None:
+    kill_builds(bench, 20, LINKED, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_ends_a_build_with_one_line_and_no_leftovers(
+    bench: Bench, number: signal.Signals, code: int, word: str
+) -> None:
+    process = start(bench, COPIED, pause=30)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "int4.onnx" in line:
+            break
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert errors.splitlines()[-1] == f"{word}; nothing half-made was kept"
+    assert "Traceback" not in errors
+    assert out == ""
+    assert list(bench.workspace.sessions.iterdir()) == []
+    assert {entry.step for entry in bench.workspace.entries()} == {"onnx", "int4"}
+    assert not (bench.out / "artifact").exists()

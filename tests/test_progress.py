@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from phiconv.progress import (
+    PlainDisplay,
+    QuietDisplay,
+    RichDisplay,
+    amount_text,
+    make_display,
+    seconds_text,
+)
+from phiconv.report.results import StageRecord
+
+DONE = StageRecord("int4", "quantize", "onnx-graph", "k", False, 3.21, 6.0, 312_000_000, 410_000)
+CACHED = StageRecord("int4", "quantize", "onnx-graph", "k", True, size_bytes=410_000)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_plain_lines_say_start_progress_and_end() -> None:
+    stream, clock = io.StringIO(), Clock()
+    display = PlainDisplay(stream, clock)
+    display.step("checkpoint", "model", lambda: 0)
+    display.begin("toy", 2)
+    progress = display.step("int4", "quantize", lambda: 0)
+    progress.start(2_000_000)
+    progress.advance(500_000, "layers.0")
+    clock.now = 6
+    progress.advance(500_000, "layers.1")
+    clock.now = 7
+    progress.advance(500_000, "layers.2")
+    progress.note("one weight is odd")
+    display.done(DONE)
+    display.done(CACHED)
+    assert stream.getvalue().splitlines() == [
+        "checkpoint: model",
+        "building toy",
+        "[1/2] int4: quantize",
+        "[1/2] int4: 1.0 MB of 2.0 MB, layers.1",
+        "[1/2] int4: one weight is odd",
+        "[1/2] int4: done in 3.2 s, 410.0 KB, peak 312.0 MB",
+        "[2/2] int4: cached, 410.0 KB",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_item_amount_and_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    display = RichDisplay(stream)
+    display.begin("toy", 1)
+    progress = display.step("int4", "quantize", lambda: 312_000_000)
+    progress.start(2_000_000)
+    progress.advance(500_000, "model.layers.11.self_attn.a_very_long_name.weight")
+    progress.note("one weight [odd]")
+    display.close()  # draws once more
+    display.done(DONE)
+    display.close()
+    shown = stream.getvalue()
+    assert "\x1b[" in shown
+    for text in ("toy", "one weight [odd]", "int4", "done in 3.2 s", "500.0 KB of 2.0 MB",
+                 "peak 312.0 MB", "…", "a_very_long_name.weight"):  # fmt: skip
+        assert text in shown
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    display = RichDisplay(stream)
+    display.begin("toy", 1)
+    display.done(DONE)
+    display.close()
+    assert "\x1b[3" not in stream.getvalue()
+
+
+def test_the_display_suits_the_stream() -> None:
+    stream = io.StringIO()
+    assert isinstance(make_display(stream, quiet=False), PlainDisplay)
+    assert isinstance(make_display(stream, quiet=False, terminal=True), RichDisplay)
+    quiet = make_display(stream, quiet=True)
+    assert isinstance(quiet, QuietDisplay)
+    quiet.begin("toy", 1)
+    quiet.step("int4", "quantize", lambda: 0).advance(1)
+    quiet.done(DONE)
+    quiet.note("x")
+    quiet.close()
+    assert stream.getvalue() == ""
+
+
+def test_amounts_and_times_in_words() -> None:
+    assert amount_text(5, None, "bytes") == "5 B"
+    assert amount_text(512, 4096, "tokens") == "512 of 4096 tokens"
+    assert amount_text(512, None, "tokens") == "512 tokens"
+    assert [seconds_text(s) for s in (0.04, 59.94, 245, 7380)] == [
+        "0.0 s",
+        "59.9 s",
+        "4 min 05 s",
+        "2 h 03 min",
+    ]
