@@ -1,17 +1,19 @@
-"""report.html: one file without scripts or requests, readable on a phone and in the dark."""
+"""report.html and the index over several builds.
+
+Each is one file without scripts or requests, readable on a phone and in the dark.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from phiconv.metrics import METRICS
 from phiconv.report import text
-from phiconv.report.plots import kl_by_position_svg, kl_distribution_svg
+from phiconv.report.plots import kl_by_position_svg, kl_by_size_svg, kl_distribution_svg
 from phiconv.report.results import RunResult, Validation
-
-TEMPLATE = "report.html.j2"
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,67 @@ class Plot:
     caption: str
 
 
+@dataclass(frozen=True)
+class IndexRow:
+    """One recipe of the index: its report's link, and the headline figures of one measurement."""
+
+    result: RunResult
+    link: str
+    measured: bool
+    kl_divergence: float | None
+    top1_agreement: float | None
+
+
 def report_html(result: RunResult) -> str:
     """report.html of a build."""
+    return _render(
+        "report.html.j2",
+        result=result,
+        words=text.STATUS_WORDS,
+        plots={validation.stage: _plots(validation) for validation in result.validations},
+        weight_bytes=max((kind.size_bytes for kind in result.tensor_kinds), default=0),
+        longest_s=max((stage.wall_s or 0 for stage in result.stages), default=0),
+        failures=text.failures,
+        title=lambda name: METRICS[name].title if name in METRICS else name,
+        unit=lambda name: METRICS[name].unit if name in METRICS else "",
+        description=lambda name: METRICS[name].description if name in METRICS else "",
+        share=lambda part, whole: f"{100 * part / whole:.1f}" if whole else "0",
+    )
+
+
+def index_html(results: Mapping[str, RunResult]) -> str:
+    """A page over several builds: KL divergence against size, and a row each.
+
+    Args:
+        results: The link to a build's report.html, relative to the page, and its result.
+    """
+    rows = [_row(link, result) for link, result in results.items()]
+    points = {
+        str(number): (row.result.size_bytes, row.kl_divergence)
+        for number, row in enumerate(rows, 1)
+        if row.kl_divergence
+    }
+    plot = None
+    if points:
+        svg = Markup(kl_by_size_svg(points))
+        plot = Plot(svg, "Smaller and nearer the reference is better; the numbers are the rows'")
+    return _render("index.html.j2", rows=rows, plot=plot, headline=text.headline)
+
+
+def _row(link: str, result: RunResult) -> IndexRow:
+    """The row of a build; of several measurements the one farthest from the reference."""
+    found = [v.measurement.metrics for v in result.validations if v.measurement.metrics]
+    worst = max(found, key=lambda metrics: metrics.get("kl_divergence.mean") or 0, default={})
+    return IndexRow(
+        result=result,
+        link=link,
+        measured=bool(found),
+        kl_divergence=worst.get("kl_divergence.mean"),
+        top1_agreement=worst.get("top1_agreement"),
+    )
+
+
+def _render(template: str, **values: object) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -34,22 +95,10 @@ def report_html(result: RunResult) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(TEMPLATE).render(
-        result=result,
-        words=text.STATUS_WORDS,
-        plots={validation.stage: _plots(validation) for validation in result.validations},
-        weight_bytes=max((kind.size_bytes for kind in result.tensor_kinds), default=0),
-        longest_s=max((stage.wall_s or 0 for stage in result.stages), default=0),
-        failures=text.failures,
-        number=text.number,
-        limit=text.limit,
-        size=text.size,
-        duration=text.duration,
-        title=lambda name: METRICS[name].title if name in METRICS else name,
-        unit=lambda name: METRICS[name].unit if name in METRICS else "",
-        description=lambda name: METRICS[name].description if name in METRICS else "",
-        share=lambda part, whole: f"{100 * part / whole:.1f}" if whole else "0",
+    environment.globals.update(
+        number=text.number, limit=text.limit, size=text.size, duration=text.duration
     )
+    return environment.get_template(template).render(**values)
 
 
 def _plots(validation: Validation) -> list[Plot]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from phiconv.report.results import Histogram, PositionError
@@ -62,6 +62,7 @@ def kl_distribution_svg(histogram: Histogram, name: str, *, mean: float | None) 
         _logarithmic_ticks(axes.xaxis, bins[0], bins[-1])
         axes.set_xlabel("KL divergence, nats")
         axes.set_ylabel("% of positions")
+        axes.set_ylim(0, 1.15 * max(float(shares.max()), 1.0))  # room for the mean's label
         if mean is not None and mean > 0:
             axes.axvline(mean, color=_INK, linewidth=1.2, linestyle="--")
             side = "right" if mean > np.sqrt(bins[0] * bins[-1]) else "left"
@@ -100,6 +101,28 @@ def kl_by_position_svg(error: PositionError, name: str, window_length: int) -> s
         axes.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, 1.14), borderpad=0)
 
     return _svg(draw, f"KL by position of {name}")
+
+
+def kl_by_size_svg(points: Mapping[str, tuple[int, float]]) -> str:
+    """Mean KL divergence against the artifact's size.
+
+    Args:
+        points: Short label -> size in bytes and mean KL divergence in nats, which is positive.
+    """
+    sizes = [size / 1e6 for size, _ in points.values()]
+    divergences = [divergence for _, divergence in points.values()]
+
+    def draw(axes: Axes) -> None:
+        axes.scatter(sizes, divergences, color=_ACCENT, s=28)
+        axes.set_yscale("log")
+        axes.margins(0.12, 0.15)
+        _logarithmic_ticks(axes.yaxis, min(divergences), max(divergences))
+        axes.set_xlabel("size, MB")
+        axes.set_ylabel("mean KL divergence, nats")
+        for label, at in zip(points, zip(sizes, divergences, strict=True), strict=True):
+            axes.annotate(label, at, xytext=(5, 4), textcoords="offset points")
+
+    return _svg(draw, "KL against size")
 
 
 def _logarithmic_ticks(axis: Axis, least: float, greatest: float) -> None:

@@ -19,7 +19,7 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
     if 0.9 < abs(value) < 1.1:
-        return f"{value:.5f}"
+        return f"{value:.5f}".rstrip("0").rstrip(".")
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.3e}"
     return f"{value:.4g}"

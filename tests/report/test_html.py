@@ -10,7 +10,7 @@ import pytest
 
 from phiconv.report import write_reports
 from phiconv.report.distribution import kl_by_position, kl_histogram
-from phiconv.report.html import report_html
+from phiconv.report.html import index_html, report_html
 from phiconv.report.plots import kl_by_position_svg, kl_distribution_svg
 from phiconv.report.results import Histogram, PositionError
 from tests.report.results import every_status, kl_values, measured, result, validation
@@ -132,3 +132,31 @@ def test_all_reports_are_written(tmp_path: Path) -> None:
     assert names == ["junit.xml", "report.html", "report.json", "report.md"]
     for file in folder.iterdir():
         assert b"\r" not in file.read_bytes()
+
+
+def test_the_index_links_every_report_and_plots_kl_against_size() -> None:
+    small = replace(result(validation("check", measured())), recipe="small & fast")
+    results = {"a/report.html": small, "b/report.html": every_status(), "c/report.html": result()}
+    text = index_html(results)
+    page = Page(text)
+    assert page.requests == list(results)
+    words = " ".join(" ".join(page.words).split())
+    assert "small & fast" in words
+    assert "passed on CPUExecutionProvider" in words
+    assert "failed on CPUExecutionProvider" in words
+    assert "built, not validated" in words
+    assert page.tags.count("svg") == 1
+    assert page.tags.count("tr") == 4
+    assert "mean KL divergence, nats</text>" in text
+
+
+def test_an_index_of_nothing_measured_has_no_plot() -> None:
+    assert "svg" not in Page(index_html({"a/report.html": result()})).tags
+
+
+def test_of_several_measurements_the_index_shows_the_worst() -> None:
+    near, far = validation("near", measured(scale=0.1)), validation("far", measured(scale=3))
+    text = index_html({"a/report.html": result(near, far)})
+    worst = far.measurement.metrics["kl_divergence.mean"]
+    assert worst is not None
+    assert f">{worst:.4g}<" in text
