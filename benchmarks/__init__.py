@@ -1,0 +1,1 @@
+"""phiconv measured beside its peers: `python -m benchmarks`."""

@@ -27,7 +27,7 @@ class Usage:
     peak_rss: int
 
 
-class CommandFailed(RuntimeError):
+class CommandFailedError(RuntimeError):
     """A measured command did not exit with 0."""
 
 
@@ -35,7 +35,7 @@ def run(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None = No
     """Run a command to its end, its output going to a file.
 
     Raises:
-        CommandFailed: It exited with another code than 0; the end of its output is in the message.
+        CommandFailedError: It exited with another code than 0; the message has its last output.
     """
     with log.open("wb") as output:
         start = time.perf_counter()
@@ -48,7 +48,7 @@ def run(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None = No
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         tail = log.read_text(errors="replace")[-2000:]
-        raise CommandFailed(f"{' '.join(command)} exited with {process.returncode}\n{tail}")
+        raise CommandFailedError(f"{' '.join(command)} exited with {process.returncode}\n{tail}")
     # macOS counts bytes, Linux kilobytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)

@@ -17,7 +17,6 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from phiconv.errors import ExportError
@@ -53,6 +52,7 @@ class LazyWeight:
 
     @property
     def T(self) -> LazyWeight:  # noqa: N802 - torch's name
+        """The transpose."""
         return LazyWeight(self.shape[::-1], self.rows, not self.transposed)
 
     def __add__(self, offset: float) -> LazyWeight:
@@ -61,6 +61,7 @@ class LazyWeight:
         return self
 
     def reshape(self, *shape: int) -> LazyWeight:
+        """The same weight; any other shape is refused."""
         if tuple(shape) != self.shape:
             raise ExportError(f"the model builder reshapes {self.rows[0].tensor} to {shape}")
         return self
@@ -81,11 +82,11 @@ class LazyWeight:
         return cls((row_count(rows), *parts[0].shape[1:]), rows)
 
 
-class _Module(SimpleNamespace):
+class _Module:
     """A module, equal to itself alone: the builder recognises some by comparing them."""
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __init__(self, **children: object):
+        self.__dict__.update(children)
 
 
 class _Phi3DecoderLayer(_Module):
@@ -183,7 +184,7 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
     import onnx_ir as ir
 
     _import_builder()
-    from builders import Phi3MiniLongRoPEModel, Phi3MiniModel  # type: ignore[import-not-found]
+    from builders import Phi3MiniLongRoPEModel, Phi3MiniModel
 
     config = checkpoint.config
     window = config.sliding_window
@@ -250,7 +251,7 @@ def _hugging_face_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     _import_builder()
-    from builder import add_special_token_ids  # type: ignore[import-not-found]
+    from builder import add_special_token_ids
 
     path = str(checkpoint.path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -258,7 +259,7 @@ def _hugging_face_config(checkpoint: Checkpoint) -> Any:
     if isinstance(rope, dict) and "rope_type" in rope:
         # transformers 5 writes only `rope_type`; the builder reads `type` as well.
         rope.setdefault("type", rope["rope_type"])
-    if checkpoint.config.rope is not None:
+    if isinstance(rope, dict) and checkpoint.config.rope is not None:
         # The builder would derive the scale from the context lengths; transformers also honours
         # `factor` and `attention_factor`, and no other key.
         scale = checkpoint.config.rope.attention_factor

@@ -72,7 +72,7 @@ def _cast_attributes(node: ir.Node) -> None:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT16))
 
 
-def _half(tensor: ir.TensorProtocol) -> ir.Tensor:
+def _half(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     import numpy as np
     import onnx_ir as ir
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
+import numpy.typing as npt
 
 # Large tensors start where every platform can map them (Windows' allocation granularity); small
 # ones only need their elements aligned.
@@ -31,6 +32,7 @@ class Region:
 
     @property
     def end(self) -> int:
+        """Offset of the first byte after it."""
         return self.offset + self.length
 
 
@@ -82,11 +84,11 @@ class DataFile:
         self._digest.join()
         self._handles.close()
 
-    def write(self, offset: int, data: np.ndarray) -> None:
+    def write(self, offset: int, data: npt.NDArray[Any]) -> None:
         """Write a C-contiguous array at a byte offset; any thread, ranges must not overlap."""
         file = self._handles.current()
         file.seek(offset)
-        view = memoryview(data).cast("B") if data.size else memoryview(b"")
+        view = data.reshape(-1).view(np.uint8).data
         while view:
             view = view[file.write(view) :]
 
@@ -112,8 +114,7 @@ class _ThreadHandles:
     def current(self) -> BinaryIO:
         file: BinaryIO | None = getattr(self._local, "file", None)
         if file is None:
-            file = self._path.open("r+b", buffering=0)  # type: ignore[assignment]
-            assert file is not None
+            file = cast(BinaryIO, self._path.open("r+b", buffering=0))
             self._local.file = file
             with self._lock:
                 self._all.append(file)

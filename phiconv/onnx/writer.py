@@ -200,9 +200,7 @@ class _DenseJob(_Job):
         if not scan.finite or (overflows and self.expr.overflow == "error"):
             work.note_unusable(self._names(), scan)
 
-    def _write_transposed(
-        self, source: np.ndarray, work: _Work, data: DataFile
-    ) -> floats.Scan:
+    def _write_transposed(self, source: np.ndarray, work: _Work, data: DataFile) -> floats.Scan:
         """Write ``[N, K]`` rows as columns of ``[K, N]``, a few output rows at a time."""
         n, k = source.shape
         total = row_count(self.rows)

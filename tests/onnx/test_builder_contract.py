@@ -38,7 +38,9 @@ def operators(folder: Path) -> list[tuple[str, str]]:
     return [(node.domain, node.op_type) for node in ir.load(folder / "model.onnx").graph]
 
 
-@pytest.mark.parametrize(("provider", "precision"), [("cpu", "fp32"), ("cuda", "fp16"), ("dml", "fp16")])
+@pytest.mark.parametrize(
+    ("provider", "precision"), [("cpu", "fp32"), ("cuda", "fp16"), ("dml", "fp16")]
+)
 def test_same_graph_weights_and_genai_files_as_the_builder(
     tmp_path: Path, provider: str, precision: str
 ) -> None:

@@ -23,7 +23,9 @@ def test_large_tensors_are_mappable_and_small_ones_packed() -> None:
 
 def test_digest_of_a_file_filled_in_random_order_by_threads(tmp_path: Path) -> None:
     regions = lay_out({str(i): size for i, size in enumerate([3_000_001, 17, 9_000_000, 64])})
-    content = {name: np.random.default_rng(int(name)).bytes(r.length) for name, r in regions.items()}
+    content = {
+        name: np.random.default_rng(int(name)).bytes(r.length) for name, r in regions.items()
+    }
     pieces = [
         (region.offset + at, content[name][at : at + 700_000])
         for name, region in regions.items()

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from phiconv.errors import CheckpointError, ExportError, StageError
@@ -33,7 +32,12 @@ def quantize_all(graph: OnnxGraph, wanted: Target) -> None:
 
 @pytest.mark.parametrize(
     ("provider", "precision", "symmetric", "block_size"),
-    [("cpu", "fp32", True, 32), ("cpu", "fp32", False, 64), ("cuda", "fp16", True, 32), ("dml", "fp16", False, 128)],
+    [
+        ("cpu", "fp32", True, 32),
+        ("cpu", "fp32", False, 64),
+        ("cuda", "fp16", True, 32),
+        ("dml", "fp16", False, 128),
+    ],
 )
 def test_int4_bytes_equal_the_builders(
     tmp_path: Path, provider: str, precision: str, symmetric: bool, block_size: int
@@ -131,7 +135,9 @@ def test_cast_equals_an_fp16_export(tmp_path: Path) -> None:
     write(exported, path, tmp_path / "export")
     assert operators(tmp_path / "cast") == operators(tmp_path / "export")
     ours, expected = initializers(tmp_path / "cast"), initializers(tmp_path / "export")
-    assert {n: a.tobytes() for n, a in ours.items()} == {n: a.tobytes() for n, a in expected.items()}
+    assert {n: a.tobytes() for n, a in ours.items()} == {
+        n: a.tobytes() for n, a in expected.items()
+    }
     np.testing.assert_array_equal(
         onnx_logits(tmp_path / "cast", IDS), onnx_logits(tmp_path / "export", IDS)
     )
@@ -158,7 +164,8 @@ def poison(path: Path, tensor: str, value: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize(
-    "tensor", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+    "tensor",
+    ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight"],
 )
 def test_nan_and_inf_are_named(tmp_path: Path, value: float, quantized: bool, tensor: str) -> None:
     path = write_phi3_checkpoint(tmp_path / "checkpoint", dtype="bf16")

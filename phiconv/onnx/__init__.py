@@ -1,0 +1,1 @@
+"""ONNX: graph construction, lazy rewrites, and the writer of model and external data."""
