@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,7 +36,7 @@ DEBUG_VARIABLE = "PHICONV_DEBUG"
 class Settings:
     """What holds for the whole invocation."""
 
-    verbose: bool = bool(os.environ.get(DEBUG_VARIABLE))
+    verbose: bool = field(default_factory=lambda: bool(os.environ.get(DEBUG_VARIABLE)))
 
 
 class TerminatedError(BaseException):
@@ -189,6 +189,7 @@ def cli() -> None:
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
+    metavar="N",
     help="Threads a stage may use [default: all cores]; never changes the artifact.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show only verdicts, failures and errors.")

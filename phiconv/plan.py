@@ -55,7 +55,8 @@ class Step:
         path: Where its artifact is, or will be.
         place: `file:line` of the stage, for errors.
         added: Whether the plan added it.
-        state: `hit`: in the workspace; `build`: to be run; `unneeded`: neither is necessary.
+        state: `hit`: in the workspace; `build`: to be run; `unneeded`: not there, and nothing that
+            is to be run takes it.
         estimate: What it will need; None when the stage cannot say.
         missing: What it requires and this machine lacks.
     """
@@ -109,6 +110,11 @@ class Plan:
     def to_build(self) -> tuple[Step, ...]:
         """The steps that will run."""
         return tuple(step for step in self.steps if step.state == "build")
+
+    @property
+    def at_hand(self) -> tuple[Step, ...]:
+        """The steps whose artifacts are there already or will be."""
+        return tuple(step for step in self.steps if step.state != "unneeded")
 
     @property
     def targets(self) -> tuple[Step, ...]:
@@ -313,21 +319,28 @@ def is_present(requirement: Requirement) -> bool:
 
 
 def _with_states(plan: Plan, workspace: Workspace) -> Plan:
-    states: dict[str, State] = {}
+    cached = {
+        step.id
+        for step in plan.steps
+        if not plan.rebuild and workspace.lookup(step.stage.produces, step.key)
+    }
+    needed: set[str] = set()
 
     def visit(step: Step) -> None:
-        if step.id in states:
-            return
-        entry = None if plan.rebuild else workspace.lookup(step.stage.produces, step.key)
-        states[step.id] = "hit" if entry else "build"
-        if entry is None:
-            for source in step.inputs:
+        if step.id not in needed:
+            needed.add(step.id)
+            for source in step.inputs if step.id not in cached else ():
                 visit(plan.step(source.id))
 
     for target in plan.targets:
         visit(target)
-    steps = tuple(replace(step, state=states.get(step.id, "unneeded")) for step in plan.steps)
-    return replace(plan, steps=steps)
+
+    def state(step: Step) -> State:
+        if step.id in cached:
+            return "hit"
+        return "build" if step.id in needed else "unneeded"
+
+    return replace(plan, steps=tuple(replace(step, state=state(step)) for step in plan.steps))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -90,10 +90,10 @@ def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Dis
     Raises:
         PhiconvError: A stage failed; the output folder stays as it was.
     """
-    display.begin(plan.recipe.name, sum(step.state != "unneeded" for step in plan.steps))
+    display.begin(plan.recipe.name, len(plan.at_hand))
     runner = Runner(plan, session, threads, display)
-    for target in plan.targets:
-        runner.ensure(target)
+    for step in plan.at_hand:
+        runner.ensure(step)
     result = assess(plan, runner.made)
     entry = runner.made[plan.shipped].entry
 
@@ -299,13 +299,11 @@ def manifest(plan: Plan, result: RunResult) -> dict[str, JSON]:
             for step in plan.steps
         ],
         "tools": plan.tools,
-        "verdict": {
-            "status": result.status,
-            "validations": [
-                {"stage": item.stage, "status": item.status, "verdict": item.verdict}
-                for item in result.validations
-            ],
-        },
+        "verdict": result.status,
+        "validations": [
+            {"stage": item.stage, "status": item.status, "verdict": item.verdict}
+            for item in result.validations
+        ],
         "release_path": result.release_path,
     }
 

@@ -163,24 +163,51 @@ def test_checks_of_all_stages_are_reported_with_their_place(bench: Bench) -> Non
     assert caught.value.exit_code == 3
 
 
-def test_unneeded_steps_are_not_built(bench: Bench) -> None:
+def states(plan: Plan) -> dict[str, str]:
+    return {step.id: step.state for step in plan.steps}
+
+
+def forget(bench: Bench, *steps: str) -> None:
+    import shutil
+
+    for entry in bench.workspace.entries():
+        if entry.step in steps:
+            shutil.rmtree(entry.folder)
+
+
+def test_only_what_is_needed_is_built(bench: Bench) -> None:
     bench.build()
-    plan = bench.plan()
-    assert {step.id: step.state for step in plan.steps} == {
-        "onnx": "unneeded",
-        "int4": "unneeded",
-        "int4.onnx": "hit",
-        "tokens": "unneeded",
-        "check": "hit",
-    }
-    changed = bench.plan(RECIPE, None, "int4.bits=8")
-    assert {step.id: step.state for step in changed.steps} == {
+    assert set(states(bench.plan()).values()) == {"hit"}
+    assert states(bench.plan(RECIPE, None, "int4.bits=8")) == {
         "onnx": "hit",
         "int4": "build",
         "int4.onnx": "build",
         "tokens": "hit",
         "check": "build",
     }
+    forget(bench, "onnx", "int4", "tokens")
+    assert states(bench.plan()) == {
+        "onnx": "unneeded",
+        "int4": "unneeded",
+        "int4.onnx": "hit",
+        "tokens": "unneeded",
+        "check": "hit",
+    }
+    forget(bench, "int4.onnx")
+    assert states(bench.plan()) == {
+        "onnx": "build",
+        "int4": "build",
+        "int4.onnx": "build",
+        "tokens": "unneeded",
+        "check": "hit",
+    }
+
+
+def test_output_that_nothing_takes_is_not_built(bench: Bench) -> None:
+    text = RECIPE.replace("  - {id: int4", "  - {id: extra, uses: export-onnx}\n  - {id: int4")
+    plan = bench.plan(text.replace("quantize,", "quantize, from: onnx,"))
+    assert states(plan)["extra"] == "unneeded"
+    assert len(plan.warnings) == 1
 
 
 def test_planning_touches_nothing(bench: Bench) -> None:
