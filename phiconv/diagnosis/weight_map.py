@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from phiconv.diagnosis.decoder_graph import DecoderGraph, Linear, Norm
+from phiconv.diagnosis.results import place
 from phiconv.diagnosis.stored_weight import (
     StoredWeight,
     embedding_weight,
@@ -54,11 +55,6 @@ class WeightPart:
     def place(self) -> str:
         """Component with its layer: `layer 3, mlp.down_proj`."""
         return place(self.layer, self.component)
-
-
-def place(layer: int | None, component: str) -> str:
-    """A component with its layer, for people."""
-    return component if layer is None else f"layer {layer}, {component}"
 
 
 def map_weights(graph: DecoderGraph, checkpoint: Checkpoint) -> list[WeightPart]:

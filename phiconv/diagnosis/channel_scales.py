@@ -1,0 +1,63 @@
+"""Recognises weights that were rescaled channel by channel, as AWQ and SmoothQuant do.
+
+Such a weight is far from the checkpoint's, yet the model computes the same: what a column is
+multiplied by, the operation in front is divided by. So it is no fault by itself; whether the
+scales are undone shows in the local errors of the layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phiconv.diagnosis.block_errors import Scales, checkpoint_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from phiconv.checkpoint import Checkpoint
+    from phiconv.diagnosis.stored_weight import StoredWeight
+    from phiconv.diagnosis.weight_map import WeightPart
+
+_ITERATIONS = 3
+# Scales are scales when a quarter of them differ from the middle one by a percent.
+_SHARE = 0.25
+_DIFFERENCE = 0.01
+
+
+def fit_channel_scales(
+    part: WeightPart, weight: StoredWeight, checkpoint: Checkpoint
+) -> Scales | None:
+    """Row and column factors that best take the checkpoint's weight to the stored one.
+
+    Least squares of `stored[i, j] = rows[i] * columns[j] * checkpoint[i, j]`, rows and columns in
+    turn. None where they are alike for most channels: then nothing was rescaled, and a fault in a
+    few channels must not be explained away.
+    """
+    import numpy as np
+
+    expected = checkpoint_rows(part, checkpoint, 0, len(part))
+    found = np.nan_to_num(weight.rows(part.start, part.stop))
+    product, square = expected * found, expected * expected
+    rows = np.ones(expected.shape[0], np.float32)
+    columns = np.ones(expected.shape[1], np.float32)
+    for _ in range(_ITERATIONS):
+        columns = _ratio(rows @ product, (rows * rows) @ square)
+        rows = _ratio(product @ columns, square @ (columns * columns))
+    return Scales(rows, columns) if _varies(rows) or _varies(columns) else None
+
+
+def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float32]:
+    import numpy as np
+
+    ratio: NDArray[np.float32] = np.ones(len(above), np.float32)
+    return np.divide(above, below, out=ratio, where=below > 0)
+
+
+def _varies(scales: NDArray[np.float32]) -> bool:
+    import numpy as np
+
+    middle = float(np.median(scales))
+    if middle == 0:
+        return False
+    return float((np.abs(scales / middle - 1) > _DIFFERENCE).mean()) >= _SHARE
