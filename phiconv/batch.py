@@ -109,8 +109,17 @@ def make_plans(
     registry: Mapping[str, Stage] = STAGES,
     *,
     rebuild: bool = False,
+    download: bool = False,
 ) -> list[Plan]:
     """Plans every recipe; recipes with one source share the opened checkpoint.
+
+    Args:
+        recipes: What to plan.
+        workspace: Where artifacts are looked up.
+        display: Where progress is shown.
+        registry: The stages.
+        rebuild: Treat every step as not cached.
+        download: Whether models may be downloaded.
 
     Raises:
         PhiconvError: A source cannot be opened, or a stage cannot work with it.
@@ -120,7 +129,7 @@ def make_plans(
     for recipe in recipes:
         source = (recipe.source, recipe.text.model.revision)
         if source not in opened:
-            opened[source] = open_checkpoint(recipe, workspace, display)
+            opened[source] = open_checkpoint(recipe, workspace, display, download=download)
         plans.append(make_plan(recipe, opened[source], workspace, registry, rebuild=rebuild))
     return plans
 
@@ -154,7 +163,7 @@ def build_all(
         check_destination(folder)
     outcomes: list[Outcome] = []
     with open_session(workspace) as session:
-        plans = make_plans(recipes, workspace, display, registry, rebuild=rebuild)
+        plans = make_plans(recipes, workspace, display, registry, rebuild=rebuild, download=True)
         preflight([(plan, folders[plan.recipe.name]) for plan in plans], workspace)
         for plan in plans:
             for warning in plan.warnings:

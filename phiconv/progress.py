@@ -192,9 +192,10 @@ class RichDisplay:
         self._remove_bar()
         label = f"[{self._index + 1}/{self._count}] {name}" if self._count else name
         label = label.replace("[", r"\[")
-        memory = size_text(peak())
-        self._task = self._bars.add_task(label, total=None, amount="", what=uses, peak=memory)
-        return _RichProgress(self, self._bars, self._task, peak)
+        self._task = self._bars.add_task(
+            label, total=None, amount="", what=uses, peak=_PeakText(peak)
+        )
+        return _RichProgress(self, self._bars, self._task)
 
     def done(self, record: StageRecord) -> None:
         """Replaces the bar by a line."""
@@ -215,12 +216,23 @@ class RichDisplay:
     def _remove_bar(self) -> None:
         if self._task is not None:
             self._bars.remove_task(self._task)
+            self._bars.refresh()
             self._task = None
 
 
+class _PeakText:
+    """Peak memory as text, at the moment it is drawn."""
+
+    def __init__(self, peak: PeakMemory) -> None:
+        self._peak = peak
+
+    def __str__(self) -> str:
+        return size_text(self._peak())
+
+
 class _RichProgress:
-    def __init__(self, display: RichDisplay, bars: Any, task: Any, peak: PeakMemory) -> None:
-        self._display, self._bars, self._task, self._peak = display, bars, task, peak
+    def __init__(self, display: RichDisplay, bars: Any, task: Any) -> None:
+        self._display, self._bars, self._task = display, bars, task
         self._lock = threading.Lock()
         self._done = 0
         self._total: int | None = None
@@ -241,10 +253,7 @@ class _RichProgress:
         self._display.note(text)
 
     def _update(self, what: str | None) -> None:
-        fields: dict[str, str] = {
-            "amount": amount_text(self._done, self._total, self._unit),
-            "peak": size_text(self._peak()),
-        }
+        fields = {"amount": amount_text(self._done, self._total, self._unit)}
         if what:
             fields["what"] = what if len(what) <= _NAME_WIDTH else "…" + what[1 - _NAME_WIDTH :]
         self._bars.update(self._task, completed=self._done, **fields)

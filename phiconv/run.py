@@ -59,8 +59,16 @@ class Made:
     record: StageRecord
 
 
-def open_checkpoint(recipe: Recipe, workspace: Workspace, display: Display) -> Checkpoint:
+def open_checkpoint(
+    recipe: Recipe, workspace: Workspace, display: Display, *, download: bool
+) -> Checkpoint:
     """Opens a recipe's source and hashes what was not hashed before.
+
+    Args:
+        recipe: The recipe.
+        workspace: Keeps the digests.
+        display: Where progress is shown.
+        download: Whether a model of the Hub may be downloaded.
 
     Raises:
         CheckpointError: The checkpoint is broken, incomplete or unsupported.
@@ -68,10 +76,15 @@ def open_checkpoint(recipe: Recipe, workspace: Workspace, display: Display) -> C
     """
     from phiconv.checkpoint import DigestCache, resolve
 
-    cache = DigestCache(workspace.digests)
-    checkpoint = resolve(recipe.source, recipe.text.model.revision, cache)
     with Meter() as meter:
         progress = display.step("checkpoint", recipe.source, lambda: meter.peak_rss_bytes)
+        checkpoint = resolve(
+            recipe.source,
+            recipe.text.model.revision,
+            DigestCache(workspace.digests),
+            download=download,
+            on_bytes=lambda count: progress.advance(count, "downloading"),
+        )
         progress.start(checkpoint.file_nbytes)
         checkpoint.hash_files(on_bytes=lambda count: progress.advance(count, "hashing"))
     return checkpoint

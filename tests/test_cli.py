@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from phiconv import cli
 from phiconv.cli import main
+from phiconv.cli.boundary import DEBUG_VARIABLE
 from tests.toy_stages import assert_whole
 
 ROOT = Path(__file__).parent.parent
@@ -194,7 +194,7 @@ def test_an_unexpected_error_is_one_message_and_a_traceback_on_demand(
     assert "Traceback" not in done.err
     for verbose in (("--verbose", "doctor"), ("doctor", "-v")):
         assert "Traceback" in phiconv(*verbose).err
-    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
     assert "Traceback" in phiconv("doctor").err
 
 

@@ -66,8 +66,12 @@ def disk_full(
 
 def flush_file(path: Path) -> None:
     """Makes the file's bytes durable."""
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
+    # Windows flushes only through a handle that may write.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flush_folder(path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -114,6 +115,8 @@ def stamp_files(artifact: Path, known: Mapping[str, str]) -> dict[str, FileStamp
         if path.is_symlink():
             raise StageError(f"the artifact holds a symbolic link: {name}")
         if path.is_file():
+            # Copies of read-only files could be neither flushed nor removed on Windows.
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
             flush_file(path)
             status = path.stat()
             digest = known.get(name) or sha256_file(path)

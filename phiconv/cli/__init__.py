@@ -1,0 +1,52 @@
+"""The command line: the only place that prints and exits.
+
+At the top these modules import only click, so that `phiconv --help` answers at once. A command is
+a function in the module of its topic and a name in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+
+from phiconv import __version__
+from phiconv.cli.artifact import inspect
+from phiconv.cli.boundary import Settings, boundary, terminate
+from phiconv.cli.environment import doctor, schema
+from phiconv.cli.options import verbose_option
+from phiconv.cli.recipes import build, plan
+from phiconv.cli.workspace import cache
+
+COMMANDS = (build, plan, inspect, schema, doctor, cache)
+
+_EXIT_CODES = """\b
+Exit codes:
+  0  done, and every gate passed
+  2  the command line or a recipe is wrong
+  3  a stage failed
+  4  an accuracy gate failed
+  5  the environment lacks something: provider, disk, memory, model
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@verbose_option
+def cli() -> None:
+    """Turn a Hugging Face Phi checkpoint into a validated ONNX artifact."""
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its documented code."""
+    settings = Settings()
+    signal.signal(signal.SIGTERM, terminate)
+    with boundary(settings):
+        code = cli.main(args=arguments, prog_name="phiconv", standalone_mode=False, obj=settings)
+        sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,84 @@
+"""What ends a command becomes a message on stderr and a documented exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import click
+
+from phiconv.errors import PhiconvError
+
+USAGE_CODE = 2
+UNEXPECTED_CODE = 3
+INTERRUPTED_CODE = 128 + signal.SIGINT
+TERMINATED_CODE = 128 + signal.SIGTERM
+DEBUG_VARIABLE = "PHICONV_DEBUG"
+
+
+@dataclass
+class Settings:
+    """What holds for the whole invocation."""
+
+    verbose: bool = field(default_factory=lambda: bool(os.environ.get(DEBUG_VARIABLE)))
+
+
+class TerminatedError(BaseException):
+    """SIGTERM came; not an `Exception`, so that only clean-up code sees it."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGTERM."""
+    raise TerminatedError
+
+
+@contextmanager
+def boundary(settings: Settings) -> Iterator[None]:
+    """Turns whatever ends a command into a message on stderr and an exit code."""
+    try:
+        yield
+    except PhiconvError as error:
+        from phiconv.summary import error_text
+
+        if settings.verbose:
+            _print_traceback()
+        click.echo(error_text(error), err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE_CODE)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing half-made was kept", err=True)
+        sys.exit(INTERRUPTED_CODE)
+    except TerminatedError:
+        click.echo("terminated; nothing half-made was kept", err=True)
+        sys.exit(TERMINATED_CODE)
+    except BrokenPipeError:
+        # The reader of our output left; say nothing more, also not when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        _unexpected(error, settings)
+        sys.exit(UNEXPECTED_CODE)
+
+
+def _unexpected(error: Exception, settings: Settings) -> None:
+    if settings.verbose:
+        _print_traceback()
+    click.echo(
+        f"error: unexpected {type(error).__name__}: {error}\n"
+        "  remedy: this is a defect of phiconv; please report it with the output of the same "
+        "command with --verbose, and of `phiconv doctor`",
+        err=True,
+    )
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    click.echo(traceback.format_exc(), err=True)

@@ -1,0 +1,118 @@
+"""`phiconv build` and `phiconv plan`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from phiconv.cli.options import (
+    json_option,
+    overrides,
+    print_json,
+    recipe_options,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from phiconv.batch import Outcome
+
+
+@click.command()
+@recipe_options
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Output folder [default: dist/<recipe name>]; with several recipes, of their folders.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads a stage may use [default: all cores]; never changes the artifact.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show only verdicts, failures and errors.")
+@verbose_option
+def build(
+    recipes: tuple[Path, ...],
+    model: str | None,
+    revision: str | None,
+    settings: tuple[str, ...],
+    rebuild: bool,
+    out: Path | None,
+    threads: int | None,
+    quiet: bool,
+) -> int:
+    """Build artifacts from recipes.
+
+    Runs the recipe's stages, validates the artifact and publishes it: the output folder holds
+    artifact/ (exactly what ships), report/ and manifest.json.
+    """
+    from phiconv import machine
+    from phiconv.batch import build_all, load_recipes, worst
+    from phiconv.progress import make_display
+    from phiconv.workspace import Workspace
+
+    loaded = load_recipes(recipes, overrides(model, revision, settings))
+    display = make_display(sys.stderr, quiet=quiet)
+    try:
+        outcomes = build_all(
+            loaded,
+            Workspace.default(),
+            display,
+            out=out,
+            threads=threads or machine.threads(),
+            rebuild=rebuild,
+        )
+    finally:
+        display.close()
+    _print_outcomes(outcomes, quiet)
+    return worst([outcome.exit_code for outcome in outcomes])
+
+
+def _print_outcomes(outcomes: Sequence[Outcome], quiet: bool) -> None:
+    """The summary on stdout, the errors on stderr."""
+    from phiconv.summary import error_text, outcome_lines
+
+    plain = bool(os.environ.get("NO_COLOR"))
+    for outcome in outcomes:
+        for text, colour in outcome_lines(outcome):
+            if colour or not quiet:
+                click.echo(click.style(text, fg=None if plain else colour, reset=not plain))
+        if outcome.error is not None:
+            click.echo(error_text(outcome.error), err=True)
+
+
+@click.command()
+@recipe_options
+@json_option
+@verbose_option
+def plan(
+    recipes: tuple[Path, ...],
+    model: str | None,
+    revision: str | None,
+    settings: tuple[str, ...],
+    rebuild: bool,
+    as_json: bool,
+) -> None:
+    """Show what a build would do.
+
+    Lists the steps, which of them are cached, the disk and memory they need, and what this
+    machine lacks.
+    """
+    from phiconv.batch import load_recipes, make_plans
+    from phiconv.plan import as_json as plan_json
+    from phiconv.progress import QuietDisplay
+    from phiconv.summary import plan_text
+    from phiconv.workspace import Workspace
+
+    loaded = load_recipes(recipes, overrides(model, revision, settings))
+    plans = make_plans(loaded, Workspace.default(), QuietDisplay(), rebuild=rebuild)
+    if as_json:
+        print_json([plan_json(item) for item in plans])
+    else:
+        click.echo("\n\n".join(plan_text(item) for item in plans))
