@@ -7,10 +7,26 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from phiconv.errors import PhiconvError
-from phiconv.stages.stage import JSON, ONNX, ONNX_GRAPH, Requirement, StageContext
+from phiconv.stages.cast import CastParams
+from phiconv.stages.export_onnx import ExportOnnxParams
+from phiconv.stages.quantize import QuantizeParams, WeightParams
+from phiconv.stages.stage import (
+    JSON,
+    ONNX,
+    ONNX_GRAPH,
+    Estimate,
+    InputRef,
+    Requirement,
+    StageContext,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from phiconv.checkpoint import ModelConfig
+
+# Interpreter, numba and onnx_ir, and the buffers of a few threads.
+_RAM_BYTES = 700 << 20
 
 
 class WriteOnnxParams(BaseModel):
@@ -40,6 +56,33 @@ class WriteOnnx:
     def requires(self, params: WriteOnnxParams) -> tuple[Requirement, ...]:
         return ()
 
+    def estimate(
+        self, params: WriteOnnxParams, config: ModelConfig, inputs: Sequence[InputRef]
+    ) -> Estimate:
+        """Bytes of the weights in the formats that the steps before chose; overrides left out."""
+        item_bytes = 4.0
+        quantized: QuantizeParams | None = None
+        for _, before in inputs[0].made_by:
+            match before:
+                case ExportOnnxParams():
+                    item_bytes = 4.0 if before.resolved_precision() == "fp32" else 2.0
+                case CastParams():
+                    item_bytes = 2.0
+                case QuantizeParams():
+                    quantized = before
+        shapes = config.expected_tensors()
+        embedding = config.vocab_size * config.hidden_size
+        matrices = {name: rows * k for name, (rows, *rest) in shapes.items() for k in rest}
+        body = sum(count for name, count in matrices.items() if name.startswith("model.layers."))
+        head_bytes = body_bytes = embedding_bytes = item_bytes
+        if quantized is not None:
+            body_bytes = _bytes_per_weight(quantized, None, item_bytes)
+            head_bytes = _bytes_per_weight(quantized, quantized.lm_head, item_bytes)
+            settings = quantized.embedding or WeightParams(keep_float=True)
+            embedding_bytes = _bytes_per_weight(quantized, settings, item_bytes)
+        total = body * body_bytes + embedding * (head_bytes + embedding_bytes)
+        return Estimate(disk_bytes=int(total), ram_bytes=_RAM_BYTES)
+
     def run(self, params: WriteOnnxParams, ctx: StageContext) -> dict[str, JSON]:
         import shutil
 
@@ -59,3 +102,14 @@ class WriteOnnx:
             "source_bytes": written.source_bytes,
             "tensors": written.tensors,
         }
+
+
+def _bytes_per_weight(
+    params: QuantizeParams, settings: WeightParams | None, scale_bytes: float
+) -> float:
+    """Packed integer, its share of a scale, and of a zero point."""
+    if settings is not None and settings.keep_float:
+        return scale_bytes
+    bits = (settings and settings.bits) or params.bits
+    block_size = (settings and settings.block_size) or params.block_size
+    return bits / 8 + scale_bytes / block_size + (0 if params.symmetric else bits / 8 / block_size)
