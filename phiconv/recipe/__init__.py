@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phiconv.recipe.load import load
+from phiconv.recipe.resolve import load
 from phiconv.recipe.model import Recipe, StageUse
 from phiconv.recipe.overrides import Overrides
 
