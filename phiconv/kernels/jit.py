@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -53,8 +54,9 @@ def kernel(function: Function) -> Function:
     """Compiles an entry point on first call; the machine code is kept on disk.
 
     It is kept beside the source (`__pycache__`), in the user's cache folder where that is
-    read-only, or in `NUMBA_CACHE_DIR`.
+    read-only, or in `NUMBA_CACHE_DIR`; where nothing can be written, every process compiles.
     """
     dispatcher: Any = _compiled(function)
-    dispatcher._cache = _PackageCache(function)  # type: ignore[no-untyped-call]  # as cache=True
+    with suppress(RuntimeError):  # "no locator available"
+        dispatcher._cache = _PackageCache(function)  # type: ignore[no-untyped-call]  # as cache=True
     return cast(Function, dispatcher)

@@ -19,13 +19,19 @@ import numpy.typing as npt
 
 from phiconv.kernels.floats import F16, bit_view, f16_to_f32, f32_to_f16, load
 from phiconv.kernels.jit import kernel, routine
-from phiconv.kernels.scale_search import code, reciprocal_of, round_scale, search_scales
+from phiconv.kernels.plain_rule import (
+    asymmetric_rule,
+    block_ranges,
+    code,
+    reciprocal_of,
+    symmetric_rule,
+)
+from phiconv.kernels.scale_search import search_scales
 
 Array = npt.NDArray[Any]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _CHUNK = 32  # codes a loop of fixed length makes: two of the smallest blocks
-_SIGN = np.int32(-(2**31))
 
 
 class Layout(NamedTuple):
@@ -57,81 +63,12 @@ def layout(n: int, k: int, *, bits: int, block_size: int) -> Layout:
 
 
 @routine
-def _halve(values: Array, count: int, result: Array) -> None:
-    """The larger of each pair of integers."""
-    for i in range(count):
-        a, b = values[2 * i], values[2 * i + 1]
-        result[i] = a if a > b else b
-
-
-@routine
-def _block_maxima(values: Array, count: int, spare: Array, result: Array) -> None:
-    """Maxima of the `len(result)` equal blocks that `count` values form; `values` is used up.
-
-    Halving the whole row by pairs keeps every loop long, so that it vectorises for any block size.
-    """
-    blocks = result.shape[0]
-    while count > 4 * blocks:
-        _halve(values, count // 2, spare)
-        _halve(spare, count // 4, values)
-        count //= 4
-    if count > 2 * blocks:
-        _halve(values, count // 2, spare)
-        _halve(spare, count // 4, result)
-    else:
-        _halve(values, count // 2, result)
-
-
-@routine
-def _magnitudes(bits: Array, flip: Any, count: int, result: Array) -> None:
-    """The larger of each pair of float32 patterns as integers, after `bits ^ flip`, at least 0.
-
-    The patterns of positive numbers are ordered as integers are and those of negative numbers lie
-    below 0; flipping the sign bit makes it the other way round.
-    """
-    for i in range(count):
-        a, b = np.int32(bits[2 * i] ^ flip), np.int32(bits[2 * i + 1] ^ flip)
-        larger = a if a > b else b
-        result[i] = larger if larger > 0 else np.int32(0)
-
-
-@routine
-def _symmetric_rule(
-    positive: Array, negative: Array, first: Array, top: Any, half: bool, scale: Array, zero: Array
-) -> None:
-    """Maps the value of largest magnitude, of two the negative one, to the lowest code.
-
-    Args:
-        positive: float32 `[blocks]`, the largest positive value of each block, or 0.
-        negative: float32 `[blocks]`, the largest magnitude of its negative values, or 0.
-        first: float32 `[blocks]`, its first value, which signs the scale of an all-zero block.
-        top: The largest code, 15 or 255.
-        half: Scales are rounded to float16.
-        scale: Receives float32 `[blocks]`.
-        zero: Receives float32 `[blocks]`.
-    """
-    middle = (top + np.float32(1)) * np.float32(0.5)
-    for b in range(positive.shape[0]):
-        largest = positive[b] if positive[b] > negative[b] else -negative[b]
-        if largest == np.float32(0):
-            largest = first[b]
-        scale[b] = round_scale(-largest / middle, half)
-        zero[b] = middle
-
-
-@routine
-def _asymmetric_rule(
-    positive: Array, negative: Array, top: Any, half: bool, scale: Array, zero: Array
-) -> None:
-    """Spreads the codes over the range of the block and 0; arguments as in `_symmetric_rule`.
-
-    The zero point follows from the scale before that is rounded to float16.
-    """
-    for b in range(positive.shape[0]):
-        exact = (positive[b] + negative[b]) / top
-        point = negative[b] / exact if exact != np.float32(0) else np.float32(0)
-        zero[b] = np.floor(code(point, np.float32(1), np.float32(0), top))
-        scale[b] = round_scale(exact, half)
+def _load_row(source: Array, source_format: int, half: bool, pattern: Array) -> None:
+    """Loads a row as float32 patterns, by way of float16 if `half`."""
+    load(source, source_format, pattern)
+    if half and source_format != F16:
+        for i in range(source.shape[0]):
+            pattern[i] = f16_to_f32(f32_to_f16(pattern[i]))
 
 
 @routine
@@ -217,7 +154,6 @@ def _quantize(
     What is None decides at compile time: without `zero_points` the rule is the symmetric one,
     without `columns`, float32 `[block_size, > blocks]` scratch, no scales are searched.
     """
-    n, k = source.shape
     blocks = scales.shape[1]
     block_shift = 4
     while 1 << block_shift < block_size:
@@ -226,36 +162,27 @@ def _quantize(
     length = (padded + _CHUNK - 1) // _CHUNK * _CHUNK
     pattern = np.zeros(length, np.int32)
     values = pattern.view(np.float32)
-    largest = np.empty(padded // 2, np.int32)
-    opposite = np.empty(padded // 2, np.int32)
-    spare = np.empty(padded // 2, np.int32)
-    positive = np.empty(blocks, np.int32)
-    negative = np.empty(blocks, np.int32)
+    folded, spare = np.empty(padded // 2, np.int32), np.empty(padded // 2, np.int32)
+    positive, negative = np.empty(blocks, np.int32), np.empty(blocks, np.int32)
     high, low = positive.view(np.float32), negative.view(np.float32)
     lanes = blocks + 1  # the fixed-length loops look one block of 16 ahead
     if columns is not None:
         lanes = columns.shape[1]
-    scale = np.zeros(lanes, np.float32)
+    scale, zero = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
     reciprocal = np.zeros(lanes, np.float32)
-    zero = np.zeros(lanes, np.float32)
     row = np.empty(length * bits // 8, np.uint8)
     top = np.float32((1 << bits) - 1)
     worst = np.int32(0)
-    for r in range(n):
-        load(source[r], source_format, pattern)
-        if half and source_format != F16:
-            for i in range(k):
-                pattern[i] = f16_to_f32(f32_to_f16(pattern[i]))
-        _magnitudes(pattern, np.int32(0), padded // 2, largest)
-        _magnitudes(pattern, _SIGN, padded // 2, opposite)
-        _block_maxima(largest, padded // 2, spare, positive)
-        _block_maxima(opposite, padded // 2, spare, negative)
+    for r in range(source.shape[0]):
+        _load_row(source[r], source_format, half, pattern)
+        block_ranges(pattern, folded, spare, positive, negative)
         for b in range(blocks):
             worst = max(worst, positive[b], negative[b])
         if zero_points is None:
-            _symmetric_rule(high, low, values[:padded:block_size], top, half, scale, zero)
+            symmetric_rule(high, low, values[:padded:block_size], top, half, scale, zero)
         else:
-            _asymmetric_rule(high, low, top, half, scale, zero)
+            asymmetric_rule(high, low, top, half, scale, zero)
+            _store_zero_points(zero, blocks, bits, zero_points[r])
         for b in range(blocks):
             reciprocal[b] = reciprocal_of(scale[b])
         if columns is not None:
@@ -263,14 +190,12 @@ def _quantize(
                 for j in range(block_size):
                     columns[j, b] = values[b * block_size + j]
             search_scales(columns, scale, reciprocal, zero, top, half)
+        _store_scales(scale, half, scales[r])
         if bits == 4:
             _pack_nibbles(values, reciprocal, zero, block_shift, row)
         else:
             _pack_bytes(values, reciprocal, zero, block_shift, row)
-        _finish_row(row, k, bits, block_size, packed[r])
-        _store_scales(scale, half, scales[r])
-        if zero_points is not None:
-            _store_zero_points(zero, blocks, bits, zero_points[r])
+        _finish_row(row, source.shape[1], bits, block_size, packed[r])
     return worst < 0x7F800000
 
 

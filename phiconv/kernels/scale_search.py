@@ -16,25 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from phiconv.kernels.floats import f16_to_f32, f32_to_f16
 from phiconv.kernels.jit import routine
+from phiconv.kernels.plain_rule import code, reciprocal_of, round_scale
 
 Array = npt.NDArray[Any]
-
-_BELOW_HALF = np.float32(0.49999997)  # the float32 below 0.5
-
-
-@routine
-def code(value: Any, reciprocal: Any, zero: Any, top: Any) -> Any:
-    """`clamp(roundf(value * reciprocal + zero), 0, top)` before its fraction is cut off.
-
-    `roundf` rounds halves away from zero; adding the float below one half and truncating does the
-    same, where adding one half would lift 0.49999997 to 1. NaN (zero times an overflowed
-    reciprocal) becomes 0, as it does in ONNX Runtime.
-    """
-    shifted = value * reciprocal + zero
-    shifted = (shifted if shifted > np.float32(0) else np.float32(0)) + _BELOW_HALF
-    return shifted if shifted < top else top
 
 
 @routine
@@ -89,20 +74,6 @@ def _squared_error(
 
 
 @routine
-def round_scale(scale: Any, half: bool) -> Any:
-    """A float32 scale as it is stored: itself, or rounded to float16."""
-    if half:
-        return np.int32(f16_to_f32(f32_to_f16(np.float32(scale).view(np.int32)))).view(np.float32)
-    return np.float32(scale)
-
-
-@routine
-def reciprocal_of(scale: Any) -> Any:
-    """`1 / scale`, or 0 for a scale of zero."""
-    return np.float32(1) / scale if scale != np.float32(0) else np.float32(0)
-
-
-@routine
 def search_scales(
     columns: Array, scale: Array, reciprocal: Array, zero: Array, top: Any, half: bool
 ) -> None:
@@ -123,7 +94,7 @@ def search_scales(
     best = np.full(blocks, np.float32(-1))
     better = scale.copy()
     for step in range(14):
-        # 4 bits: 7/8 to 6/5 of the plain number of steps; 8 bits: 5/6 to 1, clipping never pays
+        # more steps to the same range clip its end, which pays at 4 bits and never at 8
         stretch = 0.85 + 0.025 * step if top < 16 else 1 - 0.0125 * step
         for b in range(blocks):
             trial[b] = reciprocal[b] * np.float32(stretch)
@@ -144,6 +115,7 @@ def search_scales(
     _squared_error(columns, scale, reciprocal, zero, top, plain_error)
     _squared_error(columns, better, trial, zero, top, error)
     for b in range(blocks):
-        if error[b] < plain_error[b] * (1 - 1e-9):
+        # where a subnormal scale's reciprocal overflows, the padding counts in the plain error
+        if error[b] < plain_error[b] * (1 - 1e-9) and np.isfinite(reciprocal[b]):
             scale[b] = better[b]
             reciprocal[b] = trial[b]

@@ -1,0 +1,116 @@
+"""Compiled kernels on disk: found again, never older than the sources, beside them or not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba.core.registry import cpu_target
+
+import phiconv
+from phiconv.kernels import floats, jit
+from tests.kernels.matmulnbits_reference import quantize
+
+PACKAGE = Path(phiconv.__file__).parent
+CAST = """
+import sys
+import numpy as np
+from phiconv.kernels import floats
+out = np.empty(3, np.float16)
+floats.cast_rows(np.float32([1, 2.5, -3]), out)
+assert out.tolist() == [1, 2.5, -3]
+print(floats.__file__, sum(floats._cast.stats.cache_hits.values()))
+"""
+
+
+def run(code: str, folder: Path, **environment: str) -> list[str]:
+    """Runs Python code in `folder`, which comes first on the import path."""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**unset, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_the_package_does_not_import_numba() -> None:
+    code = "import phiconv.kernels, sys; print('numba' in sys.modules)"
+    assert run(code, PACKAGE.parent) == ["False"]
+
+
+def test_a_key_changes_with_any_source_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = floats._cast._cache  # type: ignore[attr-defined]
+    codegen = cpu_target.target_context.codegen()
+    before = cache._index_key("signature", codegen)
+    assert cache._index_key("signature", codegen) == before
+    monkeypatch.setattr(jit, "_package_digest", lambda: "another")
+    assert cache._index_key("signature", codegen) != before
+
+
+def test_the_digest_reads_every_source_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jit, "__file__", str(tmp_path / "jit.py"))
+    seen = set()
+    for text in ("", "x = 1", "x = 2"):
+        (tmp_path / "other.py").write_text(text)
+        seen.add(jit._package_digest.__wrapped__())
+    assert len(seen) == 3
+
+
+@pytest.fixture
+def unwritable(tmp_path: Path) -> Path:
+    """A folder with a copy of the kernels that nothing can be cached beside."""
+    copy = tmp_path / "site" / "phiconv"
+    shutil.copytree(PACKAGE / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__py*"))
+    (copy / "__init__.py").touch()
+    # A file where the folder should be stops even a user who may write everywhere.
+    (copy / "kernels" / "__pycache__").touch()
+    return copy.parent
+
+
+def at_home(home: Path) -> dict[str, str]:
+    return dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA", "USERPROFILE"), str(home))
+
+
+def test_an_unwritable_package_is_cached_in_the_users_folder(
+    unwritable: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    first = run(CAST, unwritable, **at_home(home))
+    second = run(CAST, unwritable, **at_home(home))
+    assert Path(first[0]).is_relative_to(unwritable)
+    assert (first[1], second[1]) == ("0", "1")
+    assert list(home.rglob("floats._cast*.nbc"))
+
+
+def test_kernels_run_where_nothing_can_be_cached(unwritable: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.touch()
+    assert run(CAST, unwritable, **at_home(home))[1] == "0"
+
+
+def digest() -> str:
+    """sha256 of searched scales, zero points and codes."""
+    weight = np.random.default_rng(0).standard_normal((16, 200)).astype(np.float32)
+    out, _ = quantize(weight, bits=4, block_size=32, symmetric=False, search="mse", half=True)
+    assert out.zero_points is not None
+    return hashlib.sha256(b"".join(array.tobytes() for array in out)).hexdigest()
+
+
+def test_bytes_do_not_depend_on_the_instruction_set(tmp_path: Path) -> None:
+    """The widest vectors of this machine against a processor that has next to none."""
+    code = "from tests.kernels.test_jit import digest; print(digest())"
+    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run(code, PACKAGE.parent, **environment) == [digest()]
