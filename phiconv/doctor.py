@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from phiconv import __version__, machine
+from phiconv.units import size_text
 from phiconv.workspace import Workspace
-from phiconv.workspace.disk import free_bytes, size_text
+from phiconv.workspace.disk import free_bytes
 
 _PACKAGES = (
     "onnxruntime",

@@ -8,8 +8,9 @@ from pathlib import Path
 from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, PhiconvError, Problems
 from phiconv.plan import Plan
+from phiconv.units import size_text
 from phiconv.workspace import Workspace
-from phiconv.workspace.disk import free_bytes, same_device, size_text
+from phiconv.workspace.disk import free_bytes, same_device
 
 
 def preflight(builds: Sequence[tuple[Plan, Path]], workspace: Workspace) -> None:

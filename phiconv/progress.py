@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from phiconv.stages.stage import Progress, SilentProgress
-from phiconv.workspace.disk import size_text
+from phiconv.units import amount_text, seconds_text, size_text
 
 if TYPE_CHECKING:
     from phiconv.report.results import StageRecord
@@ -80,23 +80,6 @@ def outcome(record: StageRecord) -> str:
         return f"cached, {size}"
     peak = size_text(record.peak_rss_bytes or 0)
     return f"done in {seconds_text(record.wall_s or 0)}, {size}, peak {peak}"
-
-
-def seconds_text(seconds: float) -> str:
-    """`3.2 s`, `4 min 05 s`, `2 h 03 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def amount_text(done: int, total: int | None, unit: str) -> str:
-    """`1.1 GB of 2.4 GB`, or `512 of 4096 tokens`."""
-    if unit == "bytes":
-        return f"{size_text(done)} of {size_text(total)}" if total else size_text(done)
-    return f"{done} of {total} {unit}" if total else f"{done} {unit}"
 
 
 class PlainDisplay:

@@ -25,8 +25,9 @@ from phiconv.report.results import (
 )
 from phiconv.resources import Meter, Usage
 from phiconv.stages.stage import JSON, MEASUREMENT, ONNX, Artifact, Gated, StageContext
+from phiconv.units import size_text
 from phiconv.workspace import Entry, Session, Workspace
-from phiconv.workspace.disk import disk_full, size_text
+from phiconv.workspace.disk import disk_full
 from phiconv.workspace.entry import ARTIFACT
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from phiconv.errors import PhiconvError
+from phiconv.units import seconds_text, size_text
 
 if TYPE_CHECKING:
     from phiconv.batch import Outcome
@@ -54,8 +55,6 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
 
 def plan_text(plan: Plan) -> str:
     """A plan as a table, with what it will need and what is missing."""
-    from phiconv.workspace.disk import size_text
-
     rows = [("step", "stage", "state", "key", "disk", "memory")]
     for step in plan.steps:
         estimate = step.estimate if step.state == "build" else None
@@ -111,9 +110,6 @@ def _metrics(validation: Validation) -> list[str]:
 
 
 def _figures(built: Built) -> list[str]:
-    from phiconv.progress import seconds_text
-    from phiconv.workspace.disk import size_text
-
     stages = built.result.stages
     ran = [stage for stage in stages if not stage.cached]
     seconds = seconds_text(sum(stage.wall_s or 0 for stage in ran))
@@ -130,8 +126,6 @@ def _figures(built: Built) -> list[str]:
 
 def entries_text(entries: Iterable[Entry], now: float) -> str:
     """Entries of the workspace as a table, the most recently used first."""
-    from phiconv.workspace.disk import size_text
-
     found = sorted(entries, key=lambda entry: -entry.used)
     rows = [("kind", "recipe", "step", "size", "used", "key")]
     rows += [
@@ -172,7 +166,6 @@ def findings_text(findings: Sequence[Finding]) -> str:
 def inspection_text(found: OnnxSummary | CheckpointSummary) -> str:
     """What an artifact or a checkpoint holds."""
     from phiconv.inspect import OnnxSummary
-    from phiconv.workspace.disk import size_text
 
     if isinstance(found, OnnxSummary):
         opsets = ", ".join(f"{name or 'ai.onnx'} {number}" for name, number in found.opsets.items())
@@ -195,8 +188,6 @@ def inspection_text(found: OnnxSummary | CheckpointSummary) -> str:
 
 
 def _weight_rows(found: OnnxSummary) -> list[tuple[str, ...]]:
-    from phiconv.workspace.disk import size_text
-
     rows: list[tuple[str, ...]] = [("kind", "format", "parameters", "size", "bits")]
     for record in found.weights:
         bits = f"{record.bits:.3f}"

@@ -8,9 +8,7 @@ from phiconv.progress import (
     PlainDisplay,
     QuietDisplay,
     RichDisplay,
-    amount_text,
     make_display,
-    seconds_text,
 )
 from phiconv.report.results import StageRecord
 
@@ -96,15 +94,3 @@ def test_the_display_suits_the_stream() -> None:
     quiet.note("x")
     quiet.close()
     assert stream.getvalue() == ""
-
-
-def test_amounts_and_times_in_words() -> None:
-    assert amount_text(5, None, "bytes") == "5 B"
-    assert amount_text(512, 4096, "tokens") == "512 of 4096 tokens"
-    assert amount_text(512, None, "tokens") == "512 tokens"
-    assert [seconds_text(s) for s in (0.04, 59.94, 245, 7380)] == [
-        "0.0 s",
-        "59.9 s",
-        "4 min 05 s",
-        "2 h 03 min",
-    ]

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from phiconv.errors import EnvironmentLacksError, RecipeError, StageError
+from phiconv.units import size_text
 from phiconv.workspace import Entry, Session, Workspace
 from phiconv.workspace.collect import collect, parse_duration, parse_size
-from phiconv.workspace.disk import disk_full, free_bytes, same_device, size_text
+from phiconv.workspace.disk import disk_full, free_bytes, same_device
 from phiconv.workspace.session import open_session
 
 KEY = "ab" + "0" * 62
@@ -334,17 +335,6 @@ def test_a_workspace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         open_session(Workspace(tmp_path / "file" / "home")),
     ):
         pass
-
-
-def test_sizes_in_words() -> None:
-    assert [size_text(n) for n in (0, 999, 1000, 999_949, 999_950, 2_500_000_000)] == [
-        "0 B",
-        "999 B",
-        "1.0 KB",
-        "999.9 KB",
-        "1.0 MB",
-        "2.5 GB",
-    ]
 
 
 def test_same_device_of_places_that_do_not_exist(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def cache_gc(older_than: str | None, max_size: str | None, dry_run: bool) -> Non
     import time
 
     from phiconv.summary import entries_text
+    from phiconv.units import size_text
     from phiconv.workspace import Workspace
     from phiconv.workspace.collect import collect, parse_duration, parse_size
-    from phiconv.workspace.disk import size_text
     from phiconv.workspace.session import open_session
 
     age = parse_duration(older_than) if older_than else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from phiconv.report.results import RunResult, Status, Validation
+from phiconv.units import seconds_text, size_text
 
 STATUS_WORDS: dict[Status, str] = {
     "passed": "passed",
@@ -31,29 +32,13 @@ def limit(value: float) -> str:
 
 
 def size(size_bytes: int | None) -> str:
-    """Bytes in decimal units, such as `2.4 GB`; empty for None."""
-    if size_bytes is None:
-        return ""
-    value, unit = float(size_bytes), "B"
-    for larger in ("KB", "MB", "GB", "TB"):
-        if value < 999.95:
-            break
-        value, unit = value / 1000, larger
-    return f"{size_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+    """Bytes in decimal units; empty for None."""
+    return "" if size_bytes is None else size_text(size_bytes)
 
 
 def duration(seconds: float | None) -> str:
-    """Such as `3.2 s`, `4 min 05 s`, `2 h 03 min`; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    """Such as `4 min 05 s`; empty for None."""
+    return "" if seconds is None else seconds_text(seconds)
 
 
 def digest(value: str) -> str:

@@ -8,19 +8,9 @@ import shutil
 from pathlib import Path
 
 from phiconv.errors import EnvironmentLacksError
+from phiconv.units import size_text
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_UNITS = ("B", "KB", "MB", "GB", "TB")
-
-
-def size_text(count: int) -> str:
-    """`2.4 GB`: decimal units, as disks are sold."""
-    value = float(count)
-    for unit in _UNITS[:-1]:
-        if value < 999.95 or (unit == "B" and value < 1000):
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} {_UNITS[-1]}"
 
 
 def existing_parent(path: Path) -> Path:
