@@ -51,7 +51,8 @@ def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float32]:
     import numpy as np
 
     ratio: NDArray[np.float32] = np.ones(len(above), np.float32)
-    return np.divide(above, below, out=ratio, where=below > 0)
+    np.divide(above, below, out=ratio, where=below > 0)
+    return ratio
 
 
 def _varies(scales: NDArray[np.float32]) -> bool:

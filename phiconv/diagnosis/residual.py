@@ -1,0 +1,197 @@
+"""The residual stream, layer by layer: what each layer inherits, and what it adds of its own.
+
+The reference's layer is run on the artifact's own residual stream, so a layer's own error is told
+apart from what came in with its input. Only a few layers' values are in memory at a time; of the
+checkpoint, one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from phiconv.diagnosis.decoder_graph import DecoderGraph, DecoderLayer
+from phiconv.diagnosis.operators import (
+    end_operators,
+    end_values,
+    layer_end,
+    layer_operators,
+    layer_values,
+    relative_error,
+)
+from phiconv.diagnosis.probe import Probe
+from phiconv.diagnosis.reference_steps import ReferenceLayer, ReferenceSteps
+from phiconv.diagnosis.results import LayerError, OperatorError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from phiconv.checkpoint import Checkpoint, ModelConfig
+
+# How much of the artifact's values is in memory at once; layers are looked at in groups.
+_GROUP_BYTES = 512 << 20
+
+
+class StreamErrors(NamedTuple):
+    """What `stream_errors` finds."""
+
+    layers: list[LayerError]
+    operators: list[OperatorError]
+
+
+def stream_errors(
+    graph: DecoderGraph,
+    checkpoint: Checkpoint,
+    file: Path,
+    windows: NDArray[np.int64],
+    states: Sequence[NDArray[np.float32]],
+    *,
+    provider: str,
+    threads: int,
+    advance: Callable[[int, str], None],
+) -> StreamErrors:
+    """Runs the artifact, looks inside, and compares every layer and every step.
+
+    Args:
+        graph: The artifact's decoder.
+        checkpoint: What it was made from.
+        file: The artifact's model file.
+        windows: Token ids [n, T]; single steps are compared on the first window only.
+        states: The reference's residual stream [n, T, hidden]: the embeddings, then after every
+            layer.
+        provider: Execution provider, by ONNX Runtime's name.
+        threads: CPU threads.
+        advance: Called with the number of tokens done in a layer, and its name.
+    """
+    config = checkpoint.config
+    steps = ReferenceSteps(checkpoint, windows.shape[1], threads)
+    layers = [LayerError(-1, None)]
+    first: list[OperatorError] = []
+    inner: list[OperatorError] = []
+    last: list[OperatorError] = []
+    for group in _groups(graph.layers, config, windows.shape[1]):
+        begins = group[0].index == 0  # the ends are looked at along with the first group
+        values = [value for layer in group for value in layer_values(graph, layer)]
+        values += end_values(graph) if begins else []
+        probe = Probe(graph.model, values, file, provider=provider, threads=threads, config=config)
+        whole, streams = _run(probe, windows, values, group, graph)
+        if begins:
+            first, last = end_operators(graph, whole, windows[0], steps)
+            layers = [LayerError(-1, _relative(_at(streams, _start(group[0])), states[0]))]
+        for layer in group:
+            inner += layer_operators(graph, layer, whole, steps, config)
+            if layer.index < config.num_hidden_layers:
+                layers.append(_layer_error(graph, layer, streams, states, steps))
+            advance(windows.size, f"layer {layer.index}")
+    return StreamErrors(layers, [*first, *inner, *last])
+
+
+def _run(
+    probe: Probe,
+    windows: NDArray[np.int64],
+    values: Sequence[ir.Value],
+    group: Sequence[DecoderLayer],
+    graph: DecoderGraph,
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """All values of the first window, and the residual stream [n, T, hidden] of every window."""
+    import numpy as np
+
+    points = [point for layer in group for point in _points(graph, layer) if point is not None]
+    names = _names(points)
+    whole = probe.run(windows[0], _names(values))
+    found = [whole, *(probe.run(window, names) for window in windows[1:])]
+    return whole, {name: np.stack([values[name] for values in found]) for name in names}
+
+
+def _layer_error(
+    graph: DecoderGraph,
+    layer: DecoderLayer,
+    streams: Mapping[str, NDArray[Any]],
+    states: Sequence[NDArray[np.float32]],
+    steps: ReferenceSteps,
+) -> LayerError:
+    before, middle, after = (_at(streams, point) for point in _points(graph, layer))
+    added, attention, mlp = _local_errors(before, middle, after, steps.layer(layer.index))
+    return LayerError(
+        layer=layer.index,
+        relative_error=_relative(after, states[layer.index + 1]),
+        inherited=_relative(before, states[layer.index]),
+        added=added,
+        attention=attention,
+        mlp=mlp,
+    )
+
+
+def _local_errors(
+    before: NDArray[Any] | None,
+    middle: NDArray[Any] | None,
+    after: NDArray[Any] | None,
+    reference: ReferenceLayer,
+) -> tuple[float | None, float | None, float | None]:
+    """Errors of the layer's result, and of what attention and MLP contribute, on its own input."""
+    import numpy as np
+
+    if before is None or not _finite(before):
+        return None, None, None
+    attention = np.stack([reference.attention_block(window) for window in before])
+    added = attention_error = mlp_error = None
+    if after is not None and _finite(after):
+        expected = before + attention
+        expected += np.stack([reference.mlp_block(window) for window in expected])
+        added = relative_error(after, expected)
+    if middle is not None and _finite(middle):
+        contributed = np.subtract(middle, before, dtype=np.float32)
+        attention_error = relative_error(contributed, attention)
+        if after is not None and _finite(after):
+            contributed = np.subtract(after, middle, dtype=np.float32)
+            mlp = np.stack([reference.mlp_block(window) for window in middle])
+            mlp_error = relative_error(contributed, mlp)
+    return added, attention_error, mlp_error
+
+
+def _points(graph: DecoderGraph, layer: DecoderLayer) -> tuple[ir.Value | None, ...]:
+    """The residual stream before a layer, between its blocks, and after it."""
+    middle, end = layer.post_norm, layer_end(graph, layer)
+    return (
+        _start(layer),
+        None if middle is None else middle.residual,
+        None if end is None else end.residual,
+    )
+
+
+def _at(streams: Mapping[str, NDArray[Any]], point: ir.Value | None) -> NDArray[Any] | None:
+    return None if point is None else streams[str(point.name)]
+
+
+def _start(layer: DecoderLayer) -> ir.Value | None:
+    return None if layer.input_norm is None else layer.input_norm.residual
+
+
+def _groups(
+    layers: Sequence[DecoderLayer], config: ModelConfig, length: int
+) -> Iterator[Sequence[DecoderLayer]]:
+    """Layers whose values fit in memory together."""
+    qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    width = 8 * config.hidden_size + 2 * qkv + 3 * config.intermediate_size
+    size = max(1, _GROUP_BYTES // (4 * length * width))
+    for start in range(0, len(layers), size):
+        yield layers[start : start + size]
+
+
+def _names(values: Sequence[ir.Value]) -> list[str]:
+    return list(dict.fromkeys(str(value.name) for value in values if value.name))
+
+
+def _relative(found: NDArray[Any] | None, expected: NDArray[np.float32]) -> float | None:
+    if found is None or not _finite(found) or found.shape != expected.shape:
+        return None
+    return relative_error(found, expected)
+
+
+def _finite(values: NDArray[Any]) -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(values).all())
