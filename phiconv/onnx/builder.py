@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from phiconv.errors import ExportError
+from phiconv import machine
+from phiconv.errors import EnvironmentLacksError, ExportError
 from phiconv.onnx.graph import OnnxGraph, placeholder
 from phiconv.onnx.weights import Dense, Expression, Rows, merged, row_count
 
@@ -31,6 +32,8 @@ Precision = Literal["fp32", "fp16"]
 
 # GroupQueryAttention's fused rotary embedding works on 8 pairs at a time.
 FUSED_ROTARY_PAIRS = 8
+# The series whose graph construction the contract test covers.
+BUILDER_SERIES = "0.18."
 # Where GroupQueryAttention's local_window_size is known to be honoured.
 WINDOW_PROVIDERS = ("cpu", "cuda")
 
@@ -237,13 +240,20 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
 
 def _import_builder() -> None:
     """Make the builder's top-level modules importable, as its own package does on import."""
+    version = machine.version("onnxruntime-genai")
     try:
         import onnxruntime_genai.models  # noqa: F401
     except ImportError as error:
-        raise ExportError(
+        raise EnvironmentLacksError(
             f"onnxruntime-genai cannot be imported: {error}",
             remedy="install phiconv with one of its extras: pip install 'phiconv[cpu]'",
         ) from error
+    if version is None or not version.startswith(BUILDER_SERIES):
+        raise EnvironmentLacksError(
+            f"exporting needs the model builder of onnxruntime-genai {BUILDER_SERIES}x, "
+            f"this is {version}",
+            remedy="export with the extra cpu or cuda; the artifact then runs and validates here",
+        )
 
 
 def _hugging_face_config(checkpoint: Checkpoint) -> Any:

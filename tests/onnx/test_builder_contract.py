@@ -12,7 +12,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from phiconv.errors import ExportError
+from phiconv import machine
+from phiconv.errors import EnvironmentLacksError, ExportError
 from phiconv.onnx.builder import LazyWeight
 from phiconv.onnx.weights import Dense, Rows
 from tests.onnx.models import hugging_face_logits, initializers, lay_out, onnx_logits, write
@@ -123,3 +124,12 @@ def test_concatenated_rows_of_one_tensor_are_one_range() -> None:
     joined = torch.cat(parts, dim=0)  # type: ignore[call-overload]
     assert joined == LazyWeight((6, 3), (Rows("w", 0, 6),))
     assert joined.T.shape == (3, 6)
+
+
+def test_another_series_of_the_builder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_phi3_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr(machine, "version", lambda name: "0.14.1")
+    with pytest.raises(EnvironmentLacksError, match=r"needs the model builder .* 0\.18"):
+        lay_out(path, tmp_path)
