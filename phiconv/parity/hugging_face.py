@@ -66,7 +66,9 @@ class HuggingFaceTokenizer:
         """Ids of each text, without tokens that the text does not hold, as chat prompts are."""
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        # not verbose: a text longer than the context is no mistake here
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
