@@ -75,6 +75,7 @@ class Ladder:
         self.rungs: list[Rung] = [
             Rung(REFERENCE, "fp32, the checkpoint's weights", True, 0.0, 0.0, 0.0, 1.0, 1.0)
         ]
+        self.weights_stage = WEIGHTS
         self._checkpoint = checkpoint
         self._windows = windows
         self._hidden = hidden
@@ -96,12 +97,14 @@ class Ladder:
         other = rounded_to_fp16(self._checkpoint)
         self._add(CAST, "fp32, weights rounded to fp16", lambda: self._reference_logits(other))
 
-    def weights(self, parts: Sequence[WeightPart], quantized: bool) -> None:
+    def weights(self, parts: Sequence[WeightPart]) -> None:
         """The artifact's own weights, dequantized, in the reference."""
+        quantized = any(_is_quantized(part) for part in parts)
+        self.weights_stage = QUANTIZED if quantized else WEIGHTS
+        what = "dequantized" if quantized else "as stored"
         other = with_weights_of(parts, self._checkpoint)
-        stage, what = (QUANTIZED, "dequantized") if quantized else (WEIGHTS, "as stored")
         description = f"fp32, the artifact's weights {what}"
-        self._add(stage, description, lambda: self._reference_logits(other))
+        self._add(self.weights_stage, description, lambda: self._reference_logits(other))
 
     def graph(self, graph: DecoderGraph, file: Path) -> None:
         """The artifact's graph on the CPU, no activation rounded to int8."""
@@ -191,6 +194,13 @@ class Ladder:
             final = norm(stream).to(dtype)
             head = _stored_tensor(checkpoint, checkpoint.lm_head).to(dtype)
             return [(window @ head.T).float().numpy() for window in final]
+
+
+def _is_quantized(part: WeightPart) -> bool:
+    try:
+        return part.load().format.quantized
+    except StageError:
+        return False
 
 
 def _rung(stage: str, description: str, on_path: bool, positions: PositionStatistics) -> Rung:

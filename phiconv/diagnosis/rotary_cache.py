@@ -30,24 +30,34 @@ class RotaryCache(NamedTuple):
         return RotaryCache(self.cos[start:stop], self.sin[start:stop])
 
 
-def expected_caches(config: ModelConfig, positions: int) -> dict[str, RotaryCache]:
-    """The caches a graph may hold, by what they are for.
+def cache_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """The caches a graph may hold, see `expected_cache`."""
+    return ("plain",) if config.rope is None else ("short", "long", "joined")
 
-    Without LongRoPE there is one, ``plain``. With it, `short` and `long`, and `joined`: the short
-    one up to the original context length with the long one after it, as the GenAI model builder
-    lays it out for DirectML.
+
+def expected_cache(config: ModelConfig, kind: str, positions: int) -> RotaryCache:
+    """A cache as it should be, float64.
+
+    Args:
+        config: The checkpoint's configuration.
+        kind: ``plain`` without LongRoPE; with it ``short`` or ``long``, or ``joined``: the short
+            one up to the original context length with the long one after it, as the GenAI model
+            builder lays it out for DirectML.
+        positions: Number of rows.
     """
     import numpy as np
 
     if config.rope is None:
-        return {"plain": _cache(config, np.ones(config.rotary_dim // 2), 1.0, positions)}
-    scale, original = config.rope.attention_factor, config.original_max_position_embeddings
-    short = _cache(config, np.array(config.rope.short_factor), scale, positions)
-    long = _cache(config, np.array(config.rope.long_factor), scale, positions)
-    joined = RotaryCache(
-        *(np.concatenate([a[:original], b])[:positions] for a, b in zip(short, long, strict=True))
-    )
-    return {"short": short, "long": long, "joined": joined}
+        return _cache(config, np.ones(config.rotary_dim // 2), 1.0, positions)
+    factors = {"short": config.rope.short_factor, "long": config.rope.long_factor}
+    if kind in factors:
+        return _cache(config, np.array(factors[kind]), config.rope.attention_factor, positions)
+    original = min(config.original_max_position_embeddings, positions)
+    parts = [
+        expected_cache(config, "short", original),
+        expected_cache(config, "long", positions - original),
+    ]
+    return RotaryCache(*(np.concatenate(pair) for pair in zip(*parts, strict=True)))
 
 
 def _cache(
