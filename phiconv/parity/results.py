@@ -94,7 +94,7 @@ class ParityResult:
         texts: How many golden texts were compared.
         tokens: How many entries of the vocabulary were compared.
         error_count: How many of both differ for a reason that is no known limitation.
-        warning_count: How many golden texts differ by known limitations.
+        warning_count: How many golden texts have other ids by known limitations.
         causes: `<operation>: <cause>` -> number of differences.
         differences: Errors first; of many alike only the first are listed.
         failure: Why the runtime could not load the tokenizer; None when it could.

@@ -90,7 +90,7 @@ class Comparison:
             texts=len(golden),
             tokens=len(vocabulary),
             error_count=len({item.name for item in errors}),
-            warning_count=len({item.name for item in warnings}),
+            warning_count=len({item.name for item in warnings if item.operation == "encode"}),
             causes=dict(Counter(item.kind for item in (*errors, *warnings))),
             differences=(*errors[:LISTED_ERRORS], *_few_of_each_kind(warnings)),
         )
@@ -99,8 +99,8 @@ class Comparison:
         encoded = self._reference.encode([item.text for item in golden])
         for item, ids in zip(golden, encoded, strict=True):
             yield from self.encode_differences(item.name, item.text, ids)
-            yield from self._decode_differences("decode", item.name, item.text, ids)
-            yield from self._decode_differences("stream", item.name, item.text, ids)
+            yield from self.decode_differences("decode", item.name, item.text, ids)
+            yield from self.decode_differences("stream", item.name, item.text, ids)
 
     def _token_differences(self, vocabulary: Mapping[int, str]) -> Iterator[Difference]:
         encoded = self._reference.encode(list(vocabulary.values()))
@@ -110,7 +110,7 @@ class Comparison:
         for start in range(0, len(tokens), _TOKENS_DECODED):
             ids = tokens[start : start + _TOKENS_DECODED]
             name = f"tokens.{ids[0]}-{ids[-1]}"
-            yield from self._decode_differences("decode", name, self._reference.decode(ids), ids)
+            yield from self.decode_differences("decode", name, self._reference.decode(ids), ids)
 
     def encode_differences(self, name: str, text: str, expected: Ids) -> Iterator[Difference]:
         """Yields the difference of the runtime's ids of `text` from the expected ones, if any."""
@@ -143,9 +143,10 @@ class Comparison:
             found_pieces=self._reference.pieces(found[window]),
         )
 
-    def _decode_differences(
+    def decode_differences(
         self, operation: Literal["decode", "stream"], name: str, text: str, ids: Ids
     ) -> Iterator[Difference]:
+        """Yields the difference of the text that the runtime makes of `ids`, if there is one."""
         assert self.candidate is not None
         streamed = operation == "stream"
         expected = self._reference.decode(ids)
