@@ -126,7 +126,7 @@ def test_a_failed_gate_publishes_and_exits_with_4(
 
 
 def test_a_missing_provider_exits_with_5(built: Path, tmp_path: Path, phiconv: Terminal) -> None:
-    settings = ("--set", "check.provider=dml", "--set")
+    settings = ("--set", "onnx.provider=dml", "--set", "check.provider=dml", "--set")
     plan = ("plan", str(INT4), "--model", str(TINY), *settings)
     build = (*BUILD, "--out", str(tmp_path / "out"), *settings)
     assert (
