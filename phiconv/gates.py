@@ -18,6 +18,28 @@ Bound = Literal["min", "max"]
 Limits = Mapping[str, Mapping[Bound, float]]
 """Metric name -> `min` and `max` -> limit, as a recipe writes them."""
 
+BUILT_IN: Limits = {
+    name: {"max": 0.0}
+    for name in (
+        "placement.fallback",
+        "kernels.unserved",
+        "parity.tokenizer",
+        "parity.template",
+        "parity.genai_config",
+    )
+}
+"""Gates of every validation: on whatever of this was checked, unless a recipe says otherwise."""
+
+DEFAULT: Limits = {
+    "kl_divergence.mean": {"max": 0.05},
+    "top1_agreement": {"min": 0.90},
+    "perplexity.ratio": {"max": 1.05},
+}
+"""What `phiconv validate` demands of an artifact when it is given no gates: those of an int4
+artifact of the shipped recipes. A recipe has only the gates it says."""
+
+_DETAIL_LENGTH = 200
+
 
 def check_gates(gates: Limits, *, generates: bool, where: str = "gates") -> list[RecipeError]:
     """Finds gates that could never be judged, at plan time.
@@ -45,10 +67,8 @@ def _problem(
 ) -> tuple[str, str | None] | None:
     metric = METRICS.get(name)
     if metric is None:
-        near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown metric {name!r}", f"{hint}metrics: {', '.join(METRICS)}"
-    if metric.needs_generation and not generates:
+        return unknown_metric(name)
+    if metric.source == "generation" and not generates:
         return f"{name} is not measured by this runtime", "set runtime: onnxruntime-genai"
     if not limits:
         return f"the gate on {name} has no limit", "give it a min or a max"
@@ -59,36 +79,71 @@ def _problem(
     return None
 
 
+def unknown_metric(name: str) -> tuple[str, str]:
+    """What is wrong with a name that no metric has, and a remedy that names the nearest one."""
+    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown metric {name!r}", f"{hint}metrics: {', '.join(METRICS)}"
+
+
 def judge(measurement: Measurement, gates: Limits) -> tuple[GateResult, ...]:
-    """Judges one measurement by a recipe's gates.
+    """Judges one measurement by a recipe's gates and the built-in ones.
 
     Args:
         measurement: What was measured.
-        gates: Gates that `check_gates` finds nothing wrong with.
+        gates: Gates that `check_gates` finds nothing wrong with. One on a metric of `BUILT_IN`
+            replaces that.
 
     Returns:
-        One result a bound, in the recipe's order; none when the measurement was not run, which
-        never counts as passed. A value that is missing or not finite fails its gate.
+        One result a bound, in the recipe's order, the built-in ones last. A value that is missing
+        or not finite fails its gate; but when nothing was run only what was found out without
+        running is judged.
     """
-    provider = measurement.provenance.provider
-    if measurement.status == "not_run" or provider is None:
-        return ()
-    results = []
-    for name, limits in gates.items():
-        measured = measurement.metrics.get(name)
-        for bound, limit in limits.items():
-            results.append(
-                GateResult(
-                    metric=name,
-                    bound=bound,
-                    limit=limit,
-                    measured=measured,
-                    passed=_passes(measured, bound, limit),
-                    provider=provider,
-                    tokens=str(measurement.tokens),
-                )
-            )
-    return tuple(results)
+    ran = measurement.status == "measured"
+    results = [
+        _judged(measurement, name, limits, built_in=False)
+        for name, limits in gates.items()
+        if ran or name in measurement.metrics
+    ]
+    results += [
+        _judged(measurement, name, limits, built_in=True)
+        for name, limits in BUILT_IN.items()
+        if name in measurement.metrics and name not in gates
+    ]
+    return tuple(result for group in results for result in group)
+
+
+def _judged(
+    measurement: Measurement, name: str, limits: Mapping[Bound, float], *, built_in: bool
+) -> list[GateResult]:
+    provenance = measurement.provenance
+    about_target = METRICS[name].source == "kernels" or provenance.provider is None
+    measured = measurement.metrics.get(name)
+    return [
+        GateResult(
+            metric=name,
+            bound=bound,
+            limit=limit,
+            measured=measured,
+            passed=_passes(measured, bound, limit),
+            provider=provenance.target_provider if about_target else str(provenance.provider),
+            tokens=str(measurement.tokens),
+            built_in=built_in,
+            detail=_detail(measurement, name),
+        )
+        for bound, limit in limits.items()
+    ]
+
+
+def _detail(measurement: Measurement, metric: str) -> str:
+    """The first finding of the check that counts this metric, and how many more there are."""
+    findings = [line for check in measurement.checks if metric in check.metrics
+                for line in check.findings]  # fmt: skip
+    if not findings:
+        return ""
+    first, rest = findings[0], len(findings) - 1
+    shown = first if len(first) <= _DETAIL_LENGTH else first[: _DETAIL_LENGTH - 1] + "…"
+    return f"{shown} (and {rest} more)" if rest else shown
 
 
 def _passes(measured: float | None, bound: Bound, limit: float) -> bool:

@@ -84,29 +84,38 @@ def outcome_lines(outcome: Outcome) -> list[tuple[str, str | None]]:
     for validation in built.result.validations:
         colour = _COLOURS[validation.status]
         lines.append((f"{outcome.recipe.name}: {validation.verdict}", colour))
-        lines += [(line, None) for line in _metrics(validation)]
+        lines += [(line, None) for line in _findings(validation)]
         lines += [(str(gate), "red") for gate in validation.gates if not gate.passed]
     if not lines:
         lines.append((f"{outcome.recipe.name}: built, not validated", "yellow"))
     return lines + [(line, None) for line in _figures(built)]
 
 
-def _metrics(validation: Validation) -> list[str]:
+def _findings(validation: Validation) -> list[str]:
+    """The gated metrics and a few others, then the checks."""
+    from phiconv.report.text import CHECK_WORDS
+
     metrics = validation.measurement.metrics
-    gated = {gate.metric for gate in validation.gates}
+    gates = [gate for gate in validation.gates if not gate.built_in]
+    gated = {gate.metric for gate in gates}
     rows: list[Sequence[str]] = []
     for name, value in metrics.items():
         if name not in gated and name not in _HEADLINE:
             continue
         measured = "not finite" if value is None else f"{value:.6g}"
-        limits = [gate for gate in validation.gates if gate.metric == name]
+        limits = [gate for gate in gates if gate.metric == name]
         bounds = ", ".join(f"{gate.bound} {gate.limit:.6g}" for gate in limits)
         state = "" if not limits else "passed" if all(g.passed for g in limits) else "failed"
         rows.append((name, measured, bounds, state))
-    if not rows:
-        return []
-    head = f"  {validation.stage}: {validation.artifact} on {validation.measurement.tokens}"
-    return [head, *table([("metric", "measured", "gate", ""), *rows], "    ")]
+    checks = validation.measurement.checks
+    head = [f"  {validation.stage}: {validation.artifact} on {validation.measurement.tokens}"]
+    if rows:
+        head += table([("metric", "measured", "gate", ""), *rows], "    ")
+    if checks:
+        head += table(
+            [(item.name, CHECK_WORDS[item.state], item.summary) for item in checks], "    "
+        )
+    return head if rows or checks else []
 
 
 def _figures(built: Built) -> list[str]:

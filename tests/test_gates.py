@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from phiconv.gates import check_gates, judge
-from phiconv.report.results import Measurement, Provenance, TokenSetRecord, Validation
+from phiconv.gates import BUILT_IN, DEFAULT, check_gates, judge
+from phiconv.report.results import Check, Measurement, Provenance, TokenSetRecord, Validation
 
 TOKENS = TokenSetRecord("default", 8, 512, "sha256:aa", "sha256:0123456789abcdef")
 CPU, DML = "CPUExecutionProvider", "DmlExecutionProvider"
@@ -94,6 +95,48 @@ def test_without_gates_nothing_passed() -> None:
     validation = Validation("check", "int4", measurement(top1_agreement=1.0))
     assert validation.status == "ungated"
     assert validation.verdict == "measured on CPUExecutionProvider"
+
+
+CHECK = Check("kernels", "errors", "1 node", ("x" * 300, "b"), ("kernels.unserved",))
+
+
+def checked(target: str, provider: str | None, unserved: float) -> Measurement:
+    found = measurement(target, provider, kernels__unserved=unserved, top1_agreement=0.95)
+    return replace(found, checks=(CHECK,))
+
+
+@pytest.mark.parametrize("provider", [CPU, None])
+def test_a_built_in_gate_holds_without_being_asked_for(provider: str | None) -> None:
+    found = checked(DML, provider, 1)
+    (result,) = judge(found, {})
+    assert result.built_in
+    assert not result.passed
+    assert result.provider == DML, "the target's kernels are meant"
+    assert str(result).endswith(f": {'x' * 199}… (and 1 more)")
+    assert Validation("check", "int4", found, (result,)).status == "failed"
+
+
+def test_built_in_gates_alone_make_nothing_pass() -> None:
+    found = checked(CPU, CPU, 0)
+    assert Validation("check", "int4", found, judge(found, {})).status == "ungated"
+    gated = judge(found, {"top1_agreement": {"min": 0.9}})
+    assert [gate.metric for gate in gated] == ["top1_agreement", "kernels.unserved"]
+    assert Validation("check", "int4", found, gated).status == "passed"
+
+
+def test_a_recipes_gate_replaces_a_built_in_one() -> None:
+    (result,) = judge(checked(CPU, CPU, 2), {"kernels.unserved": {"max": 2}})
+    assert result.passed
+    assert not result.built_in
+
+
+def test_what_was_not_checked_has_no_built_in_gate() -> None:
+    assert judge(measurement(top1_agreement=1.0), {}) == ()
+
+
+def test_the_default_and_the_built_in_gates_are_gates() -> None:
+    for gates in (DEFAULT, BUILT_IN):
+        assert check_gates(gates, generates=False) == []
 
 
 def test_gates_that_can_be_judged_are_no_problem() -> None:

@@ -1,4 +1,8 @@
-"""Metrics of a candidate's logits against the reference's; `METRICS` names every one of them."""
+"""Metrics of an artifact; `METRICS` names every one of them.
+
+Most compare the candidate's logits with the reference's. The others count what a check of the
+artifact found, so that gates can judge it, too.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,9 @@ __all__ = [
 ]
 
 
+Source = Literal["logits", "generation", "placement", "kernels", "parity"]
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of a measurement.
@@ -34,67 +41,120 @@ class Metric:
     Attributes:
         title: What a report calls it.
         better: Which way is better, for comparisons.
-        unit: `nats`, `share` (of 1), or empty.
-        function: How it is computed; takes `PositionStatistics` unless `needs_generation`.
-        needs_generation: Whether only a runtime that generates (`onnxruntime-genai`) measures it.
+        unit: `nats`, `share` (of 1), the things that are counted, or empty.
+        source: What it follows from: the `logits` of every position; the `generation` of a runtime
+            that decodes (`onnxruntime-genai`); the `placement` of the nodes; the static check of
+            the `kernels`; the `parity` of tokenizer, template and genai_config.json.
+        function: How it is computed from logits or generation; None for counts.
+        about: What a count counts.
     """
 
     title: str
     better: Literal["lower", "higher", "neither"]
     unit: str
-    function: Callable[..., float]
-    needs_generation: bool = False
+    source: Source = "logits"
+    function: Callable[..., float] | None = None
+    about: str = ""
 
     @property
     def description(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.function.__doc__ or self.title).splitlines()[0]
+        """One sentence: what is counted, or the first line of the function's docstring."""
+        return (
+            self.about or ((self.function and self.function.__doc__) or self.title).splitlines()[0]
+        )
+
+
+def _logits(
+    title: str,
+    better: Literal["lower", "higher", "neither"],
+    unit: str,
+    function: Callable[[PositionStatistics], float],
+) -> Metric:
+    return Metric(title, better, unit, "logits", function)
+
+
+def _count(title: str, unit: str, source: Source, about: str) -> Metric:
+    return Metric(title, "lower", unit, source, None, about)
 
 
 METRICS: dict[str, Metric] = {
-    "kl_divergence.mean": Metric("Mean KL divergence", "lower", "nats", summary.kl_mean),
-    "kl_divergence.standard_error": Metric(
+    "kl_divergence.mean": _logits("Mean KL divergence", "lower", "nats", summary.kl_mean),
+    "kl_divergence.standard_error": _logits(
         "Standard error of the mean KL divergence", "neither", "nats", summary.kl_standard_error
     ),
-    "kl_divergence.median": Metric("Median KL divergence", "lower", "nats", summary.kl_median),
-    "kl_divergence.p90": Metric("KL divergence, 90th percentile", "lower", "nats", summary.kl_p90),
-    "kl_divergence.p99": Metric("KL divergence, 99th percentile", "lower", "nats", summary.kl_p99),
-    "kl_divergence.max": Metric("Greatest KL divergence", "lower", "nats", summary.kl_max),
-    "top1_agreement": Metric("Top-1 agreement", "higher", "share", summary.top1_agreement),
-    "top5_agreement": Metric("Top-5 agreement", "higher", "share", summary.top5_agreement),
-    "perplexity.reference": Metric(
+    "kl_divergence.median": _logits("Median KL divergence", "lower", "nats", summary.kl_median),
+    "kl_divergence.p90": _logits("KL divergence, 90th percentile", "lower", "nats", summary.kl_p90),
+    "kl_divergence.p99": _logits("KL divergence, 99th percentile", "lower", "nats", summary.kl_p99),
+    "kl_divergence.max": _logits("Greatest KL divergence", "lower", "nats", summary.kl_max),
+    "top1_agreement": _logits("Top-1 agreement", "higher", "share", summary.top1_agreement),
+    "top5_agreement": _logits("Top-5 agreement", "higher", "share", summary.top5_agreement),
+    "perplexity.reference": _logits(
         "Perplexity of the reference", "neither", "", summary.reference_perplexity
     ),
-    "perplexity.candidate": Metric(
+    "perplexity.candidate": _logits(
         "Perplexity of the artifact", "lower", "", summary.candidate_perplexity
     ),
-    "perplexity.ratio": Metric("Perplexity ratio", "lower", "", summary.perplexity_ratio),
-    "perplexity.ratio_standard_error": Metric(
+    "perplexity.ratio": _logits("Perplexity ratio", "lower", "", summary.perplexity_ratio),
+    "perplexity.ratio_standard_error": _logits(
         "Standard error of the perplexity ratio",
         "neither",
         "",
         summary.perplexity_ratio_standard_error,
     ),
-    "rms_delta_p": Metric(
+    "rms_delta_p": _logits(
         "RMS change of the next token's probability", "lower", "share", summary.rms_delta_p
     ),
-    "logit_error.max": Metric("Greatest logit error", "lower", "", summary.logit_error_max),
-    "logit_error.rms": Metric("RMS logit error", "lower", "", summary.logit_error_rms),
-    "cosine_similarity.mean": Metric("Mean cosine of logits", "higher", "", summary.cosine_mean),
-    "cosine_similarity.min": Metric("Least cosine of logits", "higher", "", summary.cosine_min),
+    "logit_error.max": _logits("Greatest logit error", "lower", "", summary.logit_error_max),
+    "logit_error.rms": _logits("RMS logit error", "lower", "", summary.logit_error_rms),
+    "cosine_similarity.mean": _logits("Mean cosine of logits", "higher", "", summary.cosine_mean),
+    "cosine_similarity.min": _logits("Least cosine of logits", "higher", "", summary.cosine_min),
     "decode_error.max": Metric(
         "Greatest logit error, decoding against prefill",
         "lower",
         "",
+        "generation",
         summary.decode_error,
-        needs_generation=True,
     ),
     "greedy_agreement": Metric(
-        "Greedy generation agreement",
-        "higher",
-        "share",
-        summary.greedy_agreement,
-        needs_generation=True,
+        "Greedy generation agreement", "higher", "share", "generation", summary.greedy_agreement
+    ),
+    "placement.fallback": _count(
+        "Work off the provider",
+        "nodes",
+        "placement",
+        "MatMul and attention nodes that ran elsewhere than on the provider in use.",
+    ),
+    "kernels.unserved": _count(
+        "Nodes the target does not serve",
+        "nodes",
+        "kernels",
+        "Nodes that the target provider cannot run, and MatMul and attention nodes that it leaves "
+        "to the CPU, by the static check of its kernels.",
+    ),
+    "parity.tokenizer": _count(
+        "Tokenizer differences",
+        "texts",
+        "parity",
+        "Golden texts and vocabulary entries on which the runtime's tokenizer differs from Hugging "
+        "Face's, known limitations of the runtime left out.",
+    ),
+    "parity.template": _count(
+        "Chat template differences",
+        "texts",
+        "parity",
+        "Conversations that the runtime renders or tokenizes otherwise than Hugging Face.",
+    ),
+    "parity.genai_config": _count(
+        "Faults of genai_config.json",
+        "faults",
+        "parity",
+        "Faults of genai_config.json and of the tokenizer's files beside it.",
+    ),
+    "parity.runtime_limitations": _count(
+        "Golden texts the runtime cannot take right",
+        "texts",
+        "parity",
+        "Golden texts that differ by known limitations of the runtime.",
     ),
 }
 
@@ -104,5 +164,5 @@ def summarise(positions: PositionStatistics) -> dict[str, float]:
     return {
         name: metric.function(positions)
         for name, metric in METRICS.items()
-        if not metric.needs_generation
+        if metric.source == "logits" and metric.function is not None
     }

@@ -41,6 +41,8 @@ def report_html(result: RunResult) -> str:
         "report.html.j2",
         result=result,
         words=text.STATUS_WORDS,
+        check_words=text.CHECK_WORDS,
+        tones=text.CHECK_TONES,
         plots={validation.stage: _plots(validation) for validation in result.validations},
         weight_bytes=max((kind.size_bytes for kind in result.tensor_kinds), default=0),
         longest_s=max((stage.wall_s or 0 for stage in result.stages), default=0),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from phiconv.metrics import METRICS
 from phiconv.report import text
-from phiconv.report.results import RunResult, Validation
+from phiconv.report.results import Check, RunResult, Validation
 
 _MARKS = {"passed": "✅", "failed": "❌", "not_run": "⚠️", "ungated": "ℹ️"}  # noqa: RUF001
 
@@ -31,12 +31,26 @@ def _validation(validation: Validation) -> list[str]:
         f"**{_escape(validation.stage)}** of {_escape(validation.artifact)}: "
         f"{_escape(validation.verdict)}; tokens {_escape(str(measurement.tokens))}",
     ]
-    if measurement.status == "not_run":
-        return lines
     failures = text.failures(validation)
     if failures:
         lines += ["", *(f"- {_escape(failure)}" for failure in failures)]
-    gated = {gate.metric for gate in validation.gates}
+    if measurement.status == "measured":
+        lines += ["", *_metrics(validation)]
+    if measurement.checks:
+        lines += ["", *map(_check, measurement.checks)]
+    return lines
+
+
+def _check(check: Check) -> str:
+    mark = _MARKS[text.CHECK_TONES[check.state]]
+    return f"- {mark} {_escape(check.name)}: {_escape(check.summary)}"
+
+
+def _metrics(validation: Validation) -> list[str]:
+    """The gated metrics, then the others; what is counted stands with the checks."""
+    gates = [gate for gate in validation.gates if not gate.built_in]
+    shown = {gate.metric for gate in gates}
+    counted = {name for check in validation.measurement.checks for name in check.metrics}
     rows: list[Sequence[str]] = [
         (
             METRICS[gate.metric].title,
@@ -44,14 +58,14 @@ def _validation(validation: Validation) -> list[str]:
             f"{gate.bound} {text.limit(gate.limit)}",
             _MARKS["passed" if gate.passed else "failed"],
         )
-        for gate in validation.gates
+        for gate in gates
     ]
     rows += [
         (METRICS[name].title if name in METRICS else name, text.number(value), "", "")
-        for name, value in measurement.metrics.items()
-        if name not in gated
+        for name, value in validation.measurement.metrics.items()
+        if name not in shown | counted
     ]
-    return [*lines, "", *_table(("metric", "measured", "gate", ""), rows)]
+    return _table(("metric", "measured", "gate", ""), rows)
 
 
 def _details(result: RunResult) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["passed", "failed", "not_run", "ungated"]
+CheckState = Literal["clean", "warnings", "errors", "not_checked"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Provenance:
         options: Session and provider options that were set.
         placement: Execution provider -> operator type -> number of nodes, from the runtime's own
             record after graph optimisation.
+        strays: The MatMul and attention nodes among them that are not on `provider`, one line
+            each: `MatMulNBits /lm_head/MatMulNBits on CPUExecutionProvider`.
     """
 
     runtime: str
@@ -80,6 +83,7 @@ class Provenance:
     threads: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     placement: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    strays: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -116,12 +120,33 @@ class PositionError:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Something that was looked at besides the logits.
+
+    Attributes:
+        name: What: `kernels`, `placement`, `tokenizer`, `chat template`, `genai_config`.
+        state: `errors` are counted by `metrics`, on which there are built-in gates; `not_checked`
+            when something it takes is missing here.
+        summary: What was looked at and what came of it, in a few words.
+        findings: One line each, the gravest first.
+        metrics: The metrics that count its errors.
+    """
+
+    name: str
+    state: CheckState
+    summary: str
+    findings: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One artifact measured against the reference on one token set by one runtime.
 
     Attributes:
         status: `measured`, or `not_run` when the provider is missing and the recipe says `skip`.
-        metrics: Metric name (a key of `phiconv.metrics.METRICS`) -> value; empty when not run.
+        metrics: Metric name (a key of `phiconv.metrics.METRICS`) -> value; only those of static
+            checks when not run.
         kl_histogram: Distribution of the KL divergence over all positions.
         kl_by_position: The same along the window.
     """
@@ -132,11 +157,17 @@ class Measurement:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     kl_histogram: Histogram | None = None
     kl_by_position: PositionError | None = None
+    checks: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate judged: `bound` says whether `limit` is the least or the greatest value allowed."""
+    """One gate judged: `bound` says whether `limit` is the least or the greatest value allowed.
+
+    Attributes:
+        built_in: Whether it holds because nobody set another: see `phiconv.gates.BUILT_IN`.
+        detail: What the check found that the metric counts, shortened to a line; else empty.
+    """
 
     metric: str
     bound: Literal["min", "max"]
@@ -145,13 +176,16 @@ class GateResult:
     passed: bool
     provider: str
     tokens: str
+    built_in: bool = False
+    detail: str = ""
 
     def __str__(self) -> str:
         measured, limit = self._figures()
         verb = "passed" if self.passed else "failed"
+        detail = f": {self.detail}" if self.detail and not self.passed else ""
         return (
             f"{verb}: {self.metric} measured {measured}, limit {self.bound} {limit}, "
-            f"provider {self.provider}, tokens {self.tokens}"
+            f"provider {self.provider}, tokens {self.tokens}{detail}"
         )
 
     def _figures(self) -> tuple[str, str]:
@@ -169,7 +203,7 @@ class GateResult:
 class Validation:
     """One validate stage: what it measured and how the recipe's gates judge that.
 
-    `gates` is what `phiconv.gates.judge` returns: empty when the recipe sets none or nothing ran.
+    `gates` is what `phiconv.gates.judge` returns.
     """
 
     stage: str
@@ -179,19 +213,19 @@ class Validation:
 
     @property
     def status(self) -> Status:
-        """`not_run` never counts as passed; a measurement without gates is `ungated`."""
+        """`not_run` never counts as passed; without gates but the built-in ones it is `ungated`."""
+        if not all(gate.passed for gate in self.gates):
+            return "failed"
         if self.measurement.status == "not_run":
             return "not_run"
-        if not self.gates:
-            return "ungated"
-        return "passed" if all(gate.passed for gate in self.gates) else "failed"
+        return "ungated" if all(gate.built_in for gate in self.gates) else "passed"
 
     @property
     def verdict(self) -> str:
         """One line: `passed on CPUExecutionProvider, target DmlExecutionProvider not present`."""
         where = self.measurement.provenance.where
-        if self.status == "not_run":
-            return where
+        if self.measurement.status == "not_run":
+            return f"failed before it ran; {where}" if self.status == "failed" else where
         return f"{'measured' if self.status == 'ungated' else self.status} {where}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from phiconv.report.results import RunResult, Status, Validation
+from phiconv.report.results import CheckState, RunResult, Status, Validation
 from phiconv.units import seconds_text, size_text
 
 STATUS_WORDS: dict[Status, str] = {
@@ -12,6 +12,20 @@ STATUS_WORDS: dict[Status, str] = {
     "failed": "failed",
     "not_run": "not run",
     "ungated": "no gates",
+}
+
+
+CHECK_WORDS: dict[CheckState, str] = {
+    "clean": "clean",
+    "warnings": "notes",
+    "errors": "failed",
+    "not_checked": "not checked",
+}
+CHECK_TONES: dict[CheckState, Status] = {
+    "clean": "passed",
+    "warnings": "passed",
+    "errors": "failed",
+    "not_checked": "not_run",
 }
 
 

@@ -7,13 +7,13 @@ run: decoding on the KV cache, and greedy generation as genai_config.json sets i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.report.results import Provenance
 from phiconv.runtimes.device import describe_device
-from phiconv.runtimes.onnxruntime import all_positions
+from phiconv.runtimes.onnxruntime import Session, all_positions
 from phiconv.runtimes.providers import CPU, ProviderChoice
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class GenAIModel:
                 remedy="validate it with runtime: onnxruntime",
             )
         self._og = _import_genai()
+        self._placement, self._strays = self._placed(folder)
         self._model = self._load()
         if (str(self._model.device_type) == "CPU") != (self._provider == CPU):
             raise EnvironmentLacksError(
@@ -99,7 +100,7 @@ class GenAIModel:
         return np.array(generated, dtype=np.int64)
 
     def provenance(self) -> Provenance:
-        """Says which provider the model is on; GenAI keeps no record of single nodes."""
+        """Says which provider the model is on, and where a plain session puts its nodes."""
         name, driver = describe_device(self._provider)
         return Provenance(
             runtime="onnxruntime-genai",
@@ -110,7 +111,22 @@ class GenAIModel:
             driver=driver,
             threads=self._threads,
             options={"do_sample": "false"},
+            placement=self._placement,
+            strays=self._strays,
         )
+
+    def _placed(
+        self, folder: ArtifactFolder
+    ) -> tuple[Mapping[str, Mapping[str, int]], tuple[str, ...]]:
+        """Placement and strays of a session of the same model, closed again.
+
+        GenAI keeps no record of single nodes. On the CPU, the only provider then, there is none
+        to ask for.
+        """
+        if self._provider == CPU:
+            return {}, ()
+        found = Session(folder, self._choice, self._threads).provenance()
+        return found.placement, found.strays
 
     def _load(self) -> Any:
         name = _GENAI_PROVIDERS.get(self._provider)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.report.results import Provenance
 from phiconv.runtimes.device import describe_device
+from phiconv.runtimes.placement import RECORD, count_nodes, placed_nodes, stray_nodes
 from phiconv.runtimes.providers import CPU, ProviderChoice
 
 if TYPE_CHECKING:
@@ -21,18 +21,6 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.onnx"
 LOGITS = "logits"
-
-COMPUTE_OPERATORS = frozenset(
-    {
-        "Attention",
-        "Gemm",
-        "GroupQueryAttention",
-        "MatMul",
-        "MatMulNBits",
-        "MultiHeadAttention",
-    }
-)
-"""Operators that do the work: none of them may be elsewhere than on the provider in use."""
 
 _NUMPY_TYPES = {
     "tensor(float)": "float32",
@@ -52,8 +40,7 @@ class Session:
 
     Raises:
         EnvironmentLacksError: ONNX Runtime is missing, lacks the provider, or cannot start it.
-        StageError: The model cannot be loaded, has no logits, or a node that does the work was
-            placed on another provider than the chosen one.
+        StageError: The model cannot be loaded, or has no logits.
     """
 
     def __init__(self, folder: ArtifactFolder, choice: ProviderChoice, threads: int):
@@ -66,8 +53,7 @@ class Session:
         ort = _import_onnxruntime()
         self._version = str(ort.__version__)
         self._session = _create(ort, self._file, choice.provider, threads)
-        self._placement = _placement(self._session)
-        check_placement(self._placement, choice.provider, str(self._file))
+        self._nodes = placed_nodes(self._session)
         outputs = {output.name: output for output in self._session.get_outputs()}
         if LOGITS not in outputs:
             raise StageError(
@@ -102,7 +88,8 @@ class Session:
             driver=driver,
             threads=self._threads,
             options=options,
-            placement=self._placement,
+            placement=count_nodes(self._nodes),
+            strays=stray_nodes(self._nodes, provider),
         )
 
     def _feeds(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -185,33 +172,6 @@ def all_positions(logits: NDArray[Any], length: int, where: str) -> NDArray[np.f
     return window
 
 
-def check_placement(placement: Mapping[str, Mapping[str, int]], provider: str, where: str) -> None:
-    """Refuses a session in which a node that does the work is on another provider.
-
-    Args:
-        placement: Provider -> operator type -> number of nodes.
-        provider: The provider they should be on.
-        where: The model, for the error.
-
-    Raises:
-        StageError: Naming the operators, their number and where they are.
-    """
-    strays = [
-        f"{count} {operator} on {found}"
-        for found, operators in placement.items()
-        if found != provider
-        for operator, count in sorted(operators.items())
-        if operator in COMPUTE_OPERATORS
-    ]
-    if strays:
-        raise StageError(
-            f"nodes fell back from {provider}: {', '.join(strays)}",
-            where=where,
-            remedy="export for the provider the session runs on, or use a runtime version whose "
-            "provider supports these nodes",
-        )
-
-
 def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
@@ -243,7 +203,7 @@ def _create(ort: Any, file: Path, provider: str, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.add_session_config_entry(RECORD, "1")
     if provider == "DmlExecutionProvider":
         options.enable_mem_pattern = False  # DirectML's own requirement
     providers = [provider] if provider == CPU else [provider, CPU]
@@ -258,15 +218,6 @@ def _create(ort: Any, file: Path, provider: str, threads: int) -> Any:
             remedy="check the driver and the provider's libraries (phiconv doctor)",
         )
     return session
-
-
-def _placement(session: Any) -> dict[str, dict[str, int]]:
-    """Provider -> operator type -> number of nodes, as ONNX Runtime recorded it."""
-    counts: dict[str, Counter[str]] = {}
-    for subgraph in session.get_provider_graph_assignment_info():
-        operators = counts.setdefault(subgraph.ep_name, Counter())
-        operators.update(node.op_type for node in subgraph.get_nodes())
-    return {name: dict(sorted(counts[name].items())) for name in sorted(counts)}
 
 
 def _genai_decoder(path: Path) -> dict[str, Any]:

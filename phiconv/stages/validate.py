@@ -1,7 +1,8 @@
 """Stage `validate`: an ONNX artifact's logits against the reference's, on the same tokens.
 
-The gates are no part of what is measured: `phiconv.gates.judge` applies them afterwards, so a
-changed limit never runs a model again.
+Its kernels, tokenizer, chat template and genai_config.json are checked as well, also where no model
+can be run. The gates are no part of what is measured: `phiconv.gates.judge` applies them
+afterwards, so a changed limit never runs a model again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from phiconv.runtimes.providers import ProviderChoice
     from phiconv.runtimes.reference import LanguageModelHead
     from phiconv.runtimes.stored_reference import StoredReference
+    from phiconv.stages.checks import Checked
 
 POSITIONS_FILE = "positions.npz"
 
@@ -96,13 +98,21 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX,)
     produces: ClassVar[str] = MEASUREMENT
 
     def tools(self) -> tuple[str, ...]:
-        return ("numpy", "onnxruntime", "onnxruntime-genai", "torch")
+        return (
+            "numpy",
+            "onnx-ir",
+            "onnxruntime",
+            "onnxruntime-genai",
+            "tokenizers",
+            "torch",
+            "transformers",
+        )
 
     def check(self, params: ValidateParams, config: ModelConfig) -> list[PhiconvError]:
         from phiconv.gates import check_gates
@@ -155,14 +165,20 @@ class Validate:
         from phiconv.report.results import Measurement, Provenance
         from phiconv.runtimes.providers import choose
         from phiconv.runtimes.stored_reference import load_reference
+        from phiconv.stages.checks import check_statically
 
         choice = choose(params.provider, params.when_missing)
         reference = load_reference(ctx.input(REFERENCE).path)
+        ctx.progress.start(int(reference.windows.size), "tokens")
+        ctx.progress.advance(0, "kernels, tokenizer, template")
+        folder = ctx.input(ONNX).path
+        static = check_statically(folder, ctx.checkpoint, params.provider, choice.target)
         if choice.provider is None:
             nowhere = Provenance(params.runtime, "", choice.target, None)
             measurement = Measurement("not_run", reference.tokens, nowhere)
         else:
             measurement = _measure(params, choice, reference, ctx)
+        measurement = _with_checks(measurement, static)
         text = measurement_json(measurement)
         (ctx.out / MEASUREMENT_FILE).write_text(text, encoding="utf-8", newline="\n")
         return {
@@ -170,6 +186,23 @@ class Validate:
             "provider": measurement.provenance.provider,
             "tokens": int(reference.windows.size),
         }
+
+
+def _with_checks(measurement: Measurement, static: Checked) -> Measurement:
+    """The measurement with what was checked in it, the placement of its nodes included."""
+    from dataclasses import replace
+
+    from phiconv.stages.checks import check_placement
+
+    found = [static]
+    if measurement.status == "measured":
+        found.insert(0, check_placement(measurement.provenance))
+    counts = {name: value for item in found for name, value in item.counts.items()}
+    return replace(
+        measurement,
+        metrics={**measurement.metrics, **counts},
+        checks=tuple(check for item in found for check in item.checks),
+    )
 
 
 def _measure(
@@ -185,7 +218,6 @@ def _measure(
     folder = ArtifactFolder(ctx.input(ONNX).path, ctx.checkpoint.config.head_dim)
     head = LanguageModelHead(ctx.checkpoint, device=params.reference_device, threads=ctx.threads)
     shape = reference.windows.shape
-    ctx.progress.start(int(reference.windows.size), "tokens")
     runtime = RUNTIMES[params.runtime](folder, choice, ctx.threads)
     positions = compare_windows(
         reference.windows,

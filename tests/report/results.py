@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from phiconv.gates import Limits, judge
 from phiconv.report.distribution import kl_by_position, kl_histogram
 from phiconv.report.results import (
+    Check,
     CheckpointRecord,
     FileRecord,
     Measurement,
@@ -57,6 +59,26 @@ def measured(
         kl_histogram=kl_histogram(kl),
         kl_by_position=kl_by_position(kl),
     )
+
+
+CHECKS = (
+    Check("placement", "clean", f"25 nodes on {CPU}", (), ("placement.fallback",)),
+    Check(
+        "kernels",
+        "errors",
+        f"static {DML} kernel check found 1 node that it cannot run or leaves to the CPU",
+        ("unsupported: GroupQueryAttention <layer 0>", "note: Shape"),
+        ("kernels.unserved",),
+    ),
+    Check("tokenizer", "warnings", "381 golden texts compared", ("warning: a|b",), ()),
+    Check("genai_config", "not_checked", "onnxruntime-genai cannot be imported"),
+)
+COUNTS = {"placement.fallback": 0.0, "kernels.unserved": 1.0}
+
+
+def with_checks(measurement: Measurement) -> Measurement:
+    """The measurement with one clean, one failed, one noted and one impossible check."""
+    return replace(measurement, metrics={**measurement.metrics, **COUNTS}, checks=CHECKS)
 
 
 def not_run() -> Measurement:

@@ -13,7 +13,16 @@ from phiconv.report.distribution import kl_by_position, kl_histogram
 from phiconv.report.html import index_html, report_html
 from phiconv.report.plots import kl_by_position_svg, kl_distribution_svg
 from phiconv.report.results import Histogram, PositionError
-from tests.report.results import every_status, kl_values, measured, result, validation
+from tests.report.results import (
+    DML,
+    every_status,
+    kl_values,
+    measured,
+    not_run,
+    result,
+    validation,
+    with_checks,
+)
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -79,6 +88,20 @@ def test_the_verdict_comes_first() -> None:
         "not finite",
     ):
         assert text in words, text
+
+
+def test_checks_stand_in_the_page_with_what_they_found() -> None:
+    for measurement in (with_checks(measured(DML)), with_checks(not_run())):
+        text = report_html(result(validation("check", measurement)))
+        words = " ".join(" ".join(Page(text).words).split())
+        for line in (
+            "placement clean 25 nodes on CPUExecutionProvider",
+            "kernels failed static DmlExecutionProvider kernel check found 1 node",
+            "unsupported: GroupQueryAttention <layer 0> note: Shape",
+            "tokenizer notes 381 golden texts compared warning: a|b",
+            "genai_config not checked onnxruntime-genai cannot be imported",
+        ):
+            assert line in words, line
 
 
 def test_a_build_without_validation_has_a_page_too() -> None:

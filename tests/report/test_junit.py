@@ -5,7 +5,15 @@ from decimal import Decimal
 from xml.etree import ElementTree
 
 from phiconv.report.junit import junit_xml
-from tests.report.results import every_status, result
+from tests.report.results import (
+    DML,
+    every_status,
+    measured,
+    not_run,
+    result,
+    validation,
+    with_checks,
+)
 
 TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
 # Required attributes of the Ant JUnit report schema, and the type of each.
@@ -79,6 +87,29 @@ def test_one_test_case_a_gate_and_provider() -> None:
     (note,) = case
     assert note.attrib["message"] == "not run, target DmlExecutionProvider not present"
     assert free.attrib["tests"] == "0"
+
+
+def test_checks_are_test_cases_beside_the_gates() -> None:
+    found = result(
+        validation("ran", with_checks(measured(DML))), validation("idle", with_checks(not_run()))
+    )
+    ran, idle = ElementTree.fromstring(junit_xml(found).encode())
+    for index, suite in enumerate((ran, idle)):
+        check_suite(suite, index)
+    assert [case.attrib["name"] for case in ran.findall("testcase")] == [
+        "check genai_config",
+        "kl_divergence.mean max 0.05 on CPUExecutionProvider",
+        "top1_agreement min 0.9 on CPUExecutionProvider",
+        "placement.fallback max 0 on CPUExecutionProvider",
+        "kernels.unserved max 0 on DmlExecutionProvider",
+    ]
+    (failure,) = ran.findall("testcase/failure")
+    assert (failure.text or "").splitlines()[1:] == [
+        "unsupported: GroupQueryAttention <layer 0>",
+        "note: Shape",
+    ]
+    assert idle.attrib["skipped"] == "2"
+    assert idle.attrib["failures"] == "1"
 
 
 def test_a_suites_time_is_its_stages() -> None:

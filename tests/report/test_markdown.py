@@ -3,7 +3,15 @@ from __future__ import annotations
 from markdown_it import MarkdownIt
 
 from phiconv.report.markdown import report_markdown
-from tests.report.results import every_status, measured, result, validation
+from tests.report.results import (
+    DML,
+    every_status,
+    measured,
+    not_run,
+    result,
+    validation,
+    with_checks,
+)
 
 # What GitHub allows in one comment.
 COMMENT_CHARACTERS = 65_536
@@ -29,6 +37,29 @@ def test_it_renders_with_every_table_and_fits_a_comment() -> None:
     assert "<li>failed: top1_agreement measured 0.5, limit min 0.9, provider CPU" in html
     assert "not run, target DmlExecutionProvider not present" in html
     assert "from the cache" in html or "cached" in html
+
+
+def test_every_check_is_a_line_of_its_own() -> None:
+    found = validation("check", with_checks(measured(DML)))
+    html = rendered(report_markdown(result(found)))
+    assert "<li>✅ placement: 25 nodes on CPUExecutionProvider</li>" in html
+    assert "<li>❌ kernels: static DmlExecutionProvider kernel check found 1 node" in html
+    assert "<li>✅ tokenizer: 381 golden texts compared</li>" in html
+    assert "genai_config: onnxruntime-genai cannot be imported</li>" in html
+    assert (
+        "<li>failed: kernels.unserved measured 1, limit max 0, provider DmlExecutionProvider, "
+        "tokens default 8x512 (bbbbbbbbbbbb): unsupported: GroupQueryAttention &lt;layer 0&gt; "
+        "(and 1 more)</li>"
+    ) in html
+    assert "<td>Nodes the target does not serve</td>" not in html, "it stands with the checks"
+
+
+def test_a_failed_check_of_what_was_not_run_is_told() -> None:
+    text = report_markdown(result(validation("check", with_checks(not_run()))))
+    assert text.startswith(
+        "## ❌ tiny-int4: failed before it ran; not run, target DmlExecutionProvider not present"
+    )
+    assert "- failed: kernels.unserved measured 1" in text.replace("\\", "")
 
 
 def test_text_from_outside_is_taken_literally() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +121,7 @@ def test_an_fp32_export_measures_as_hugging_face(workshop: Workshop, tmp_path: P
     )
     assert found.verdict == "passed on CPUExecutionProvider"
     metrics = found.measurement.metrics
-    assert set(metrics) == {name for name, m in METRICS.items() if not m.needs_generation}
+    assert set(metrics) == {name for name, m in METRICS.items() if m.source != "generation"}
     assert metrics["kl_divergence.max"] < 1e-9
     assert metrics["perplexity.ratio"] == pytest.approx(1, abs=1e-5)
     windows = load_reference(workshop.reference.path).windows
@@ -208,28 +210,61 @@ class TestWithoutTheTargetProvider:
         assert caught.value.exit_code == 5
 
     def test_fallback_says_so_in_the_verdict(self, workshop: Workshop, tmp_path: Path) -> None:
+        onnx = write_onnx_artifact(workshop.checkpoint.path, tmp_path / "cuda", "cuda", "fp16")
         gates = {"top1_agreement": {"min": 0.9}}
         found = workshop.validate(
-            tmp_path / "out", provider="dml", when_missing="fallback-cpu", gates=gates
+            tmp_path / "out", onnx, provider="cuda", when_missing="fallback-cpu", gates=gates
         )
         assert found.verdict == (
-            "passed on CPUExecutionProvider, target DmlExecutionProvider not present"
+            "passed on CPUExecutionProvider, target CUDAExecutionProvider not present"
         )
+        checks = {check.name: check for check in found.measurement.checks}
+        assert list(checks) == [
+            "placement", "kernels", "tokenizer", "chat template", "genai_config"
+        ]  # fmt: skip
+        assert checks["kernels"].summary == "static CUDAExecutionProvider kernel check clean"
+        assert checks["placement"].summary.endswith("nodes on CPUExecutionProvider")
+        assert {check.state for check in checks.values()} <= {"clean", "warnings"}
 
     def test_skip_measures_nothing_and_is_not_passed(
-        self, workshop: Workshop, tmp_path: Path
+        self, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        onnx = write_onnx_artifact(workshop.checkpoint.path, tmp_path / "cuda", "cuda", "fp16")
+        monkeypatch.setattr("phiconv.runtimes.RUNTIMES", {})
         found = workshop.validate(
             tmp_path / "out",
-            tmp_path / "no artifact",
+            onnx,
             provider="cuda",
             when_missing="skip",
             gates={"top1_agreement": {"min": 0.0}},
         )
         assert found.status == "not_run"
         assert found.verdict == "not run, target CUDAExecutionProvider not present"
-        assert found.gates == ()
-        assert found.measurement.metrics == {}
+        assert all(gate.built_in and gate.passed for gate in found.gates)
+        assert set(found.measurement.metrics) == {
+            name for name, m in METRICS.items() if m.source in ("kernels", "parity")
+        }
+        assert "placement" not in {check.name for check in found.measurement.checks}
+
+    @pytest.mark.parametrize("when_missing", ["fallback-cpu", "skip"])
+    def test_attention_that_the_target_has_no_kernel_for_fails(
+        self, workshop: Workshop, tmp_path: Path, when_missing: str
+    ) -> None:
+        gates = {"top1_agreement": {"min": 0.9}}
+        found = workshop.validate(
+            tmp_path / "out", provider="cuda", when_missing=when_missing, gates=gates
+        )
+        assert found.status == "failed"
+        prefix = {"fallback-cpu": "failed on CPU", "skip": "failed before it ran; not run, "}
+        assert found.verdict.startswith(prefix[when_missing])
+        assert found.verdict.endswith("target CUDAExecutionProvider not present")
+        failed, config = [gate for gate in found.gates if not gate.passed]
+        assert config.metric == "parity.genai_config", "it is a config for the CPU"
+        assert failed.built_in
+        assert failed.metric == "kernels.unserved"
+        assert failed.provider == machine.CUDA
+        assert "/model/layers.0/attn/GroupQueryAttention" in str(failed)
+        assert str(failed).endswith("(and 1 more)")
 
     @pytest.mark.parametrize("when_missing", ["require", "fallback-cpu", "skip"])
     def test_what_the_plan_is_told(self, when_missing: str) -> None:
@@ -239,6 +274,38 @@ class TestWithoutTheTargetProvider:
         assert requirement.optional == (when_missing != "require")
         provider = {"require": machine.CUDA, "fallback-cpu": CPU, "skip": None}[when_missing]
         assert Validate().key_params(params)["provider"] == provider
+
+
+def test_a_wrong_config_or_tokenizer_fails_by_a_built_in_gate(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    onnx = shutil.copytree(workshop.onnx.path, tmp_path / "edited")
+    config = json.loads((onnx / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["eos_token_id"] = 5
+    (onnx / "genai_config.json").write_text(json.dumps(config))
+    gates = {"top1_agreement": {"min": 0.9}}
+    found = workshop.validate(tmp_path / "out", onnx, gates=gates)
+    assert found.status == "failed"
+    (line,) = [str(gate) for gate in found.gates if not gate.passed]
+    assert line.startswith("failed: parity.genai_config measured 2, limit max 0, provider CPU")
+    assert "model.eos_token_id" in line
+    (check,) = [check for check in found.measurement.checks if check.name == "genai_config"]
+    assert check.state == "errors"
+    allowed = workshop.validate(
+        tmp_path / "again", onnx, gates={**gates, "parity.genai_config": {"max": 2}}
+    )
+    assert allowed.status == "passed"
+
+
+def test_without_genai_the_tokenizer_is_not_checked(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    found = workshop.validate(tmp_path / "out", gates={"top1_agreement": {"min": 0.9}})
+    assert found.status == "passed"
+    states = {check.name: check.state for check in found.measurement.checks}
+    assert states["tokenizer"] == states["genai_config"] == "not_checked"
+    assert not any(name.startswith("parity.") for name in found.measurement.metrics)
 
 
 def key(stage: Any, params: Any) -> str:

@@ -1,0 +1,197 @@
+"""What a validation looks at besides the logits: kernels, placement, tokenizer, template, config.
+
+Each check gives a `Check` for the reports and the counts that gates judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phiconv.errors import EnvironmentLacksError
+from phiconv.report.results import Check, CheckState
+
+if TYPE_CHECKING:
+    from phiconv.checkpoint import Checkpoint
+    from phiconv.parity.results import ParityReport
+    from phiconv.report.results import Provenance
+    from phiconv.runtimes.kernel_support import KernelFinding
+    from phiconv.runtimes.providers import Provider
+
+_KEPT = 40  # findings of one check that a report lists
+_PARITY = ("tokenizer", "chat template", "genai_config")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Checks, and metric name -> how many errors they found."""
+
+    checks: tuple[Check, ...]
+    counts: Mapping[str, float]
+
+
+def check_statically(
+    folder: Path, checkpoint: Checkpoint, provider: Provider, target: str
+) -> Checked:
+    """Every check that runs no model.
+
+    Args:
+        folder: The artifact.
+        checkpoint: What it was made from.
+        provider: What the recipe validates for.
+        target: The same by ONNX Runtime's name.
+
+    Raises:
+        StageError: The artifact holds no ONNX model.
+        CheckpointError: The checkpoint's own tokenizer cannot be read.
+    """
+    kernels, parity = check_kernels(folder, target), check_parity(folder, checkpoint, provider)
+    return Checked((*kernels.checks, *parity.checks), {**kernels.counts, **parity.counts})
+
+
+def check_kernels(folder: Path, target: str) -> Checked:
+    """Whether the target provider has a kernel for every node, without running any.
+
+    Raises:
+        StageError: The artifact holds no ONNX model.
+    """
+    from phiconv.runtimes.kernel_support import check_graph
+    from phiconv.runtimes.onnxruntime import model_file
+    from phiconv.runtimes.placement import does_the_work
+
+    found = check_graph(model_file(folder), target)
+    grave = [
+        finding
+        for finding in found
+        if finding.severity == "unsupported"
+        or (finding.severity == "falls back to CPU" and does_the_work(finding.op))
+    ]
+    rest = [finding for finding in found if finding not in grave]
+    check = Check(
+        "kernels",
+        _state(grave, [f for f in rest if f.severity != "note"]),
+        f"static {target} kernel check {_kernel_summary(grave, rest)}",
+        _listed([*grave, *rest]),
+        ("kernels.unserved",),
+    )
+    return Checked((check,), {"kernels.unserved": float(len(grave))})
+
+
+def _kernel_summary(grave: Sequence[KernelFinding], rest: Sequence[KernelFinding]) -> str:
+    if grave:
+        return f"found {_counted(len(grave), 'node')} that it cannot run or leaves to the CPU"
+    on_cpu = sum(finding.severity == "falls back to CPU" for finding in rest)
+    if on_cpu:
+        return f"clean but for {_counted(on_cpu, 'small node')} left to the CPU"
+    return "clean"
+
+
+def check_placement(provenance: Provenance) -> Checked:
+    """Whether MatMul and attention nodes were on the provider in use."""
+    strays, placement = provenance.strays, provenance.placement
+    where = ", ".join(
+        f"{_counted(sum(operators.values()), 'node')} on {provider}"
+        for provider, operators in placement.items()
+    )
+    if strays:
+        count = _counted(len(strays), "MatMul or attention node")
+        summary = f"{count} fell back from {provenance.provider}; {where}"
+    elif len(placement) > 1:
+        summary = f"{where}, none of these MatMul or attention"
+    else:
+        summary = where or f"every node on {provenance.provider}, the only provider"
+    metric = "placement.fallback"
+    check = Check("placement", _state(strays, ()), summary, _listed(strays), (metric,))
+    return Checked((check,), {metric: float(len(strays))})
+
+
+def check_parity(folder: Path, checkpoint: Checkpoint, provider: Provider) -> Checked:
+    """Tokenizer, chat template and genai_config.json against the checkpoint's.
+
+    Raises:
+        CheckpointError: The checkpoint's own tokenizer or generation config cannot be read.
+    """
+    from phiconv.parity.check import check_artifact
+
+    # an artifact for a GPU may well be measured on the CPU, too
+    builds_for = None if provider == "cpu" else provider
+    try:
+        report = check_artifact(folder, checkpoint, provider=builds_for)
+    except EnvironmentLacksError as error:
+        checks = tuple(Check(name, "not_checked", error.message) for name in _PARITY)
+        return Checked(checks, {})
+    checks = (_tokenizer(report), _template(report), _config(report))
+    return Checked(checks, report.metrics())
+
+
+def _tokenizer(report: ParityReport) -> Check:
+    found = report.tokenizer
+    errors = found.error_count + (found.failure is not None)
+    compared = (
+        f"{_counted(found.texts, 'golden text')} and {found.tokens} vocabulary entries compared"
+    )
+    if found.failure is not None:
+        summary = found.failure
+    elif errors:
+        summary = f"{compared}, {errors} differ"
+    else:
+        summary = f"{compared}, no unexplained difference"
+    if found.warning_count:
+        summary += f", {found.warning_count} by known limitations of the runtime"
+    return Check(
+        "tokenizer",
+        _state(range(errors), range(found.warning_count)),
+        summary,
+        _listed([*filter(None, [found.failure]), *found.differences]),
+        ("parity.tokenizer", "parity.runtime_limitations"),
+    )
+
+
+def _template(report: ParityReport) -> Check:
+    found = report.template
+    warnings = [item for item in found.differences if item.severity == "warning"]
+    if found.failure is not None:
+        summary = found.failure
+    elif found.conversations:
+        compared = f"{_counted(found.conversations, 'conversation')} compared"
+        summary = f"{compared}, {_counted(found.error_count, 'difference')}"
+    else:
+        summary = "the checkpoint has none"
+    if warnings:
+        summary += f", {len(warnings)} by known limitations of the runtime"
+    return Check(
+        "chat template",
+        _state(range(found.error_count), warnings),
+        summary,
+        _listed([*filter(None, [found.failure]), *found.differences]),
+        ("parity.template",),
+    )
+
+
+def _config(report: ParityReport) -> Check:
+    errors = [item for item in report.findings if item.severity == "error"]
+    warnings = [item for item in report.findings if item.severity == "warning"]
+    counts = f"{_counted(len(errors), 'error')}, {_counted(len(warnings), 'warning')}"
+    return Check(
+        "genai_config",
+        _state(errors, warnings),
+        counts if report.findings else "agrees with the checkpoint and the graph",
+        _listed(report.findings),
+        ("parity.genai_config",),
+    )
+
+
+def _state(errors: Sequence[object], warnings: Sequence[object]) -> CheckState:
+    return "errors" if errors else "warnings" if warnings else "clean"
+
+
+def _listed(findings: Iterable[object]) -> tuple[str, ...]:
+    lines = [str(finding) for finding in findings]
+    more = len(lines) - _KEPT
+    return (*lines[:_KEPT], f"and {more} more") if more > 0 else tuple(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
