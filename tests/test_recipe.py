@@ -144,6 +144,14 @@ def test_model_and_revision_are_overridden(tmp_path: Path) -> None:
                      model="c/d").source == "c/d"  # fmt: skip
 
 
+def test_measurements_can_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    recipe = load(path, Overrides(skip_validation=True), registry())
+    assert [use.id for use in recipe.stages] == ["onnx", "int4"]
+    assert [entry["id"] for entry in recipe.resolved()["stages"]] == ["onnx", "int4"]  # type: ignore[union-attr,index,call-overload]
+
+
 def test_source_is_found_here_or_beside_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

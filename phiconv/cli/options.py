@@ -64,11 +64,17 @@ def recipe_options(function: Function) -> Function:
     return function
 
 
-def overrides(model: str | None, revision: str | None, settings: tuple[str, ...]) -> Overrides:
+def overrides(
+    model: str | None,
+    revision: str | None,
+    settings: tuple[str, ...],
+    *,
+    skip_validation: bool = False,
+) -> Overrides:
     """What `recipe_options` say."""
     from phiconv.recipe import Overrides
 
-    return Overrides(model, revision, settings)
+    return Overrides(model, revision, settings, skip_validation)
 
 
 def print_json(document: Any) -> None:

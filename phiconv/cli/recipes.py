@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     metavar="N",
     help="Threads a stage may use [default: all cores]; never changes the artifact.",
 )
+@click.option(
+    "--skip-validation",
+    is_flag=True,
+    help="Leave out the stages that measure; the artifact is then not validated.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Show only verdicts, failures and errors.")
 @verbose_option
 def build(
@@ -45,6 +50,7 @@ def build(
     rebuild: bool,
     out: Path | None,
     threads: int | None,
+    skip_validation: bool,
     quiet: bool,
 ) -> int:
     """Build artifacts from recipes.
@@ -57,7 +63,8 @@ def build(
     from phiconv.progress import make_display
     from phiconv.workspace import Workspace
 
-    loaded = load_recipes(recipes, overrides(model, revision, settings))
+    changes = overrides(model, revision, settings, skip_validation=skip_validation)
+    loaded = load_recipes(recipes, changes)
     display = make_display(sys.stderr, quiet=quiet)
     try:
         outcomes = build_all(

@@ -22,11 +22,13 @@ class Overrides:
             dropped.
         revision: Replaces `model.revision`.
         settings: Texts `stage.key=value`; the value is YAML, nested keys are joined with dots.
+        skip_validation: Leave out the stages that measure; the artifact is then not validated.
     """
 
     model: str | None = None
     revision: str | None = None
     settings: tuple[str, ...] = ()
+    skip_validation: bool = False
 
 
 def apply(

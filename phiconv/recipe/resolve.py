@@ -16,7 +16,7 @@ from phiconv.recipe.keys import did_you_mean, known_keys
 from phiconv.recipe.model import Recipe, RecipeText, StageUse
 from phiconv.recipe.overrides import Overrides, apply
 from phiconv.stages.registry import STAGES
-from phiconv.stages.stage import Stage
+from phiconv.stages.stage import MEASUREMENT, Stage
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,7 +36,8 @@ def load(
     Raises:
         RecipeError: What is wrong, with `file:line`; `Problems` when there are several.
     """
-    document, errors = apply(read(file), overrides or Overrides(), registry)
+    overrides = overrides or Overrides()
+    document, errors = apply(read(file), overrides, registry)
     if not isinstance(document.data, dict):
         raise RecipeError(
             "a recipe is a mapping of keys", where=document.name, remedy="see docs/recipe.md"
@@ -55,6 +56,11 @@ def load(
         for node, params in uses
         if node.stage is not None and params is not None
     )
+    if overrides.skip_validation:
+        stages = tuple(use for use in stages if use.stage.produces != MEASUREMENT)
+        kept = {use.id for use in stages}
+        remaining = tuple(entry for entry in text.stages if entry.id in kept)
+        text = text.model_copy(update={"stages": remaining})
     digest = hashlib.sha256(document.text.encode()).hexdigest()
     source = _locate(text.model.source, file.parent)
     return Recipe(text, file, digest, source, stages, tuple(warnings))
