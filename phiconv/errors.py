@@ -65,7 +65,7 @@ class EnvironmentLacksError(PhiconvError):
     exit_code = 5
 
 
-class Problems(RecipeError):
+class Problems(RecipeError):  # noqa: N818 - the plural says it
     """Several errors found before any work started, reported together.
 
     The exit code is that of the first error.

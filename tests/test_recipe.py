@@ -149,7 +149,7 @@ def test_measurements_can_be_left_out(tmp_path: Path) -> None:
     path.write_text(RECIPE, encoding="utf-8")
     recipe = load(path, Overrides(skip_validation=True), registry())
     assert [use.id for use in recipe.stages] == ["onnx", "int4"]
-    assert [entry["id"] for entry in recipe.resolved()["stages"]] == ["onnx", "int4"]  # type: ignore[union-attr,index,call-overload]
+    assert [entry["id"] for entry in recipe.resolved()["stages"]] == ["onnx", "int4"]  # type: ignore[index]
 
 
 def test_source_is_found_here_or_beside_the_recipe(

@@ -249,7 +249,7 @@ class Diagnosis:
 
 def finite(value: float) -> float | None:
     """A figure as results keep it: None when it is not finite."""
-    return float(value) if math.isfinite(value) else None
+    return float(value) + 0.0 if math.isfinite(value) else None  # + 0.0: no negative zero
 
 
 def _plain(value: Any) -> Any:

@@ -106,7 +106,9 @@ def verdict(evidence: Evidence, faults: Sequence[Fault]) -> str:
     if faults:
         first = faults[0]
         where = f"at stage '{first.stage}', {first.place} ({first.message})"
-        more = f"; {len(faults) - 1} more faults are listed" if len(faults) > 1 else ""
+        more = {1: "", 2: "; one more fault is listed"}.get(
+            len(faults), f"; {len(faults) - 1} more faults are listed"
+        )
         if failed:
             return f"the error enters {where}{more}"
         return f"a fault {where}, though these tokens hardly show it ({measured}){more}"
