@@ -59,7 +59,8 @@ def stream_errors(
         graph: The artifact's decoder.
         checkpoint: What it was made from.
         file: The artifact's model file.
-        windows: Token ids [n, T]; single steps are compared on the first window only.
+        windows: Token ids [n, T]; single steps are compared on one of them, the one whose residual
+            stream is off most.
         states: The reference's residual stream [n, T, hidden]: the embeddings, then after every
             layer.
         provider: Execution provider, by ONNX Runtime's name.
@@ -77,9 +78,11 @@ def stream_errors(
         values = [value for layer in group for value in layer_values(graph, layer)]
         values += end_values(graph) if begins else []
         probe = Probe(graph.model, values, file, provider=provider, threads=threads, config=config)
-        whole, streams = _run(probe, windows, values, group, graph)
+        streams = _streams(probe, windows, group, graph)
+        worst = _worst_window(streams, group, states, graph)
+        whole = probe.run(windows[worst], _names(values))
         if begins:
-            first, last = end_operators(graph, whole, windows[0], steps)
+            first, last = end_operators(graph, whole, windows[worst], steps)
             layers = [LayerError(-1, _relative(_at(streams, _start(group[0])), states[0]))]
         for layer in group:
             inner += layer_operators(graph, layer, whole, steps, config)
@@ -89,21 +92,37 @@ def stream_errors(
     return StreamErrors(layers, [*first, *inner, *last])
 
 
-def _run(
+def _streams(
     probe: Probe,
     windows: NDArray[np.int64],
-    values: Sequence[ir.Value],
     group: Sequence[DecoderLayer],
     graph: DecoderGraph,
-) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """All values of the first window, and the residual stream [n, T, hidden] of every window."""
+) -> dict[str, NDArray[Any]]:
+    """The residual stream [n, T, hidden] at every point of some layers, by name."""
     import numpy as np
 
     points = [point for layer in group for point in _points(graph, layer) if point is not None]
     names = _names(points)
-    whole = probe.run(windows[0], _names(values))
-    found = [whole, *(probe.run(window, names) for window in windows[1:])]
-    return whole, {name: np.stack([values[name] for values in found]) for name in names}
+    found = [probe.run(window, names) for window in windows]
+    return {name: np.stack([values[name] for values in found]) for name in names}
+
+
+def _worst_window(
+    streams: Mapping[str, NDArray[Any]],
+    group: Sequence[DecoderLayer],
+    states: Sequence[NDArray[np.float32]],
+    graph: DecoderGraph,
+) -> int:
+    """The window whose residual stream is off most after some layers, or is not finite."""
+    import numpy as np
+
+    last = group[-1]
+    stream = _at(streams, _points(graph, last)[-1])
+    if stream is None or last.index + 1 >= len(states):
+        return 0
+    difference = np.subtract(stream, states[last.index + 1], dtype=np.float64)
+    errors = np.square(difference).sum(axis=(1, 2))
+    return int(np.where(np.isfinite(errors), errors, np.inf).argmax())
 
 
 def _layer_error(
