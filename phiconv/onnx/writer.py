@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phiconv.checkpoint.safetensors_file import numpy_dtype
+from phiconv.data_file import DataFile, Region
 from phiconv.errors import CheckpointError, ExportError, StageError
 from phiconv.kernels import floats, matmulnbits
-from phiconv.onnx.data_file import DataFile, Region, lay_out
+from phiconv.onnx.data_layout import lay_out
 from phiconv.onnx.graph import DATA_FILE, OnnxGraph
 from phiconv.onnx.weights import Blockwise, Dense, Part, Quantization, Rows, row_count
 

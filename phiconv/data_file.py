@@ -1,4 +1,4 @@
-"""The external-data file: layout, positional writes from many threads, digest on the way."""
+"""A file of tensors: positional writes from many threads, its digest on the way."""
 
 from __future__ import annotations
 
@@ -14,18 +14,12 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-# Large tensors start where every platform can map them (Windows' allocation granularity); small
-# ones only need their elements aligned.
-MAPPABLE_BYTES = 1 << 20
-MAPPING_ALIGNMENT = 64 << 10
-SMALL_ALIGNMENT = 64
-
 HASH_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Region:
-    """Byte range of one tensor in the data file."""
+    """Byte range of one tensor in the file."""
 
     offset: int
     length: int
@@ -34,18 +28,6 @@ class Region:
     def end(self) -> int:
         """Offset of the first byte after it."""
         return self.offset + self.length
-
-
-def lay_out(lengths: Mapping[str, int]) -> dict[str, Region]:
-    """Place tensors one after the other, aligned, in the order given."""
-    regions: dict[str, Region] = {}
-    end = 0
-    for name, length in lengths.items():
-        alignment = MAPPING_ALIGNMENT if length >= MAPPABLE_BYTES else SMALL_ALIGNMENT
-        offset = -(-end // alignment) * alignment
-        regions[name] = Region(offset, length)
-        end = offset + length
-    return regions
 
 
 class DataFile:
