@@ -90,9 +90,10 @@ class Plan:
         recipe: The recipe.
         checkpoint: The opened source.
         steps: Inputs first, otherwise in the recipe's order.
-        shipped: Id of the step whose artifact ships.
+        shipped: Id of the step whose artifact ships, or of what is given.
         warnings: What is odd but works.
         rebuild: Run every step, whatever the workspace has.
+        given: An artifact that lies outside the workspace and is used where it is.
     """
 
     recipe: Recipe
@@ -101,6 +102,7 @@ class Plan:
     shipped: str
     warnings: tuple[str, ...]
     rebuild: bool
+    given: InputRef | None = None
 
     def step(self, name: str) -> Step:
         """The step with this id."""
@@ -149,6 +151,7 @@ def make_plan(
     registry: Mapping[str, Stage] = STAGES,
     *,
     rebuild: bool = False,
+    given: InputRef | None = None,
 ) -> Plan:
     """Plans a build.
 
@@ -158,20 +161,24 @@ def make_plan(
         workspace: Where artifacts are looked up.
         registry: Where the stages that the plan adds are found.
         rebuild: Treat every step as not cached.
+        given: An artifact that lies outside the workspace, whose id stages may name.
 
     Raises:
         PhiconvError: A stage cannot work with this checkpoint (`Problems` for several).
     """
     _check(recipe, checkpoint)
     uses = {use.id: use for use in recipe.stages}
-    planner = _Planner(checkpoint, workspace, registry, uses.keys())
-    inputs = {use.id: use.inputs for use in recipe.stages}
+    planner = _Planner(checkpoint, workspace, registry, uses.keys(), given)
+    inputs = {
+        use.id: tuple(name for name in use.inputs if given is None or name != given.id)
+        for use in recipe.stages
+    }
     for name in in_order(list(uses), inputs):
         planner.add_use(uses[name])
-    last = [use for use in recipe.stages if use.stage.produces != MEASUREMENT][-1]
-    shipped = planner.written(last.id).id
+    made = [use.id for use in recipe.stages if use.stage.produces != MEASUREMENT]
+    shipped = planner.written(made[-1]).id if given is None else given.id
     steps = tuple(planner.steps.values())
-    plan = Plan(recipe, checkpoint, steps, shipped, recipe.warnings, rebuild)
+    plan = Plan(recipe, checkpoint, steps, shipped, recipe.warnings, rebuild, given)
     return _with_states(plan, workspace)
 
 
@@ -194,23 +201,28 @@ class _Planner:
         workspace: Workspace,
         registry: Mapping[str, Stage],
         reserved: Collection[str],
+        given: InputRef | None,
     ) -> None:
         self.steps: dict[str, Step] = {}
         self._checkpoint = checkpoint
         self._workspace = workspace
         self._registry = registry
         self._reserved = reserved
+        self._given = given
 
     def add_use(self, use: StageUse) -> None:
         """Adds a stage of the recipe, after what it needs."""
-        sources: list[Step] = []
+        sources: list[InputRef] = []
         for name in use.inputs:
+            if self._given is not None and name == self._given.id:
+                sources.append(self._given)
+                continue
             kind = self.steps[name].stage.produces
             needs_writer = writer_between(kind, use.stage, self._registry) is not None
-            sources.append(self.written(name) if needs_writer else self.steps[name])
+            sources.append((self.written(name) if needs_writer else self.steps[name]).ref)
         if isinstance(use.stage, Prerequisites):
             needed = use.stage.prerequisites(use.params)
-            sources += [self._prerequisite(item, use) for item in needed]
+            sources += [self._prerequisite(item, use).ref for item in needed]
         self._add(use.id, use.stage, use.params, sources, use.place, added=False)
 
     def written(self, name: str) -> Step:
@@ -221,7 +233,7 @@ class _Planner:
             return source
         step_id = f"{name}.{writer.produces}"
         if step_id not in self.steps:
-            self._add(step_id, writer, writer.params(), [source], source.place, added=True)
+            self._add(step_id, writer, writer.params(), [source.ref], source.place, added=True)
         return self.steps[step_id]
 
     def _prerequisite(self, item: Prerequisite, use: StageUse) -> Step:
@@ -238,7 +250,7 @@ class _Planner:
         step_id: str,
         stage: Stage,
         params: BaseModel,
-        sources: Sequence[Step],
+        sources: Sequence[InputRef],
         place: str,
         *,
         added: bool,
@@ -250,14 +262,14 @@ class _Planner:
         step_id: str,
         stage: Stage,
         params: BaseModel,
-        sources: Sequence[Step],
+        sources: Sequence[InputRef],
         place: str,
         *,
         added: bool,
     ) -> Step:
         requirements = stage.requires(params)
         missing = tuple(item for item in requirements if not is_present(item))
-        inputs = tuple(source.ref for source in sources)
+        inputs = tuple(sources)
         material = key_material(stage, params, inputs, self._checkpoint.digest)
         key = digest(material)
         path = self._workspace.artifact_path(stage.produces, key)
@@ -330,7 +342,8 @@ def _with_states(plan: Plan, workspace: Workspace) -> Plan:
         if step.id not in needed:
             needed.add(step.id)
             for source in step.inputs if step.id not in cached else ():
-                visit(plan.step(source.id))
+                if source != plan.given:
+                    visit(plan.step(source.id))
 
     for target in plan.targets:
         visit(target)

@@ -62,7 +62,7 @@ def _disk_errors(builds: Sequence[tuple[Plan, Path]], workspace: Workspace) -> l
     needed = sum(step.estimate.disk_bytes for step in steps.values() if step.estimate)
     wanted = [(workspace.home, needed, "set PHICONV_HOME to a larger disk")]
     for plan, out in builds:
-        shipped = plan.step(plan.shipped).estimate
+        shipped = plan.step(plan.shipped).estimate if plan.given is None else None
         if shipped and not same_device(workspace.home, out):
             wanted.append((out, shipped.disk_bytes, "choose a larger disk with --out"))
     return [

@@ -24,7 +24,15 @@ from phiconv.report.results import (
     Validation,
 )
 from phiconv.resources import Meter, Usage
-from phiconv.stages.stage import JSON, MEASUREMENT, ONNX, Artifact, Gated, StageContext
+from phiconv.stages.stage import (
+    JSON,
+    MEASUREMENT,
+    ONNX,
+    Artifact,
+    Gated,
+    InputRef,
+    StageContext,
+)
 from phiconv.units import size_text
 from phiconv.workspace import Entry, Session, Workspace
 from phiconv.workspace.disk import disk_full
@@ -108,8 +116,8 @@ def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Dis
     runner = Runner(plan, session, threads, display)
     for step in plan.at_hand:
         runner.ensure(step)
-    result = assess(plan, runner.made)
     entry = runner.made[plan.shipped].entry
+    result = assess(plan, runner.made, Shipped.of(entry))
 
     def write_report(folder: Path) -> None:
         from phiconv.report import write_reports
@@ -149,13 +157,19 @@ class Runner:
         rebuild = step.state == "build" and self._plan.rebuild
         made = None if rebuild else self._find(step)
         if made is None:
-            inputs = [self.ensure(self._plan.step(source.id)) for source in step.inputs]
+            inputs = [self._path(source) for source in step.inputs]
             with self._session.lock(step.key, lambda: self._waiting(step)):
                 found = None if rebuild else self._session.find(step.stage.produces, step.key)
                 made = self._cached(step, found) if found else self._run(step, inputs)
         self.made[step.id] = made
         self._display.done(made.record)
         return made
+
+    def _path(self, source: InputRef) -> Path:
+        """Where an input is; it is made first if need be."""
+        if source == self._plan.given:
+            return source.path
+        return self.ensure(self._plan.step(source.id)).entry.path
 
     def _find(self, step: Step) -> Made | None:
         with self._session.lock(step.key, lambda: self._waiting(step)):
@@ -168,13 +182,13 @@ class Runner:
     def _cached(self, step: Step, entry: Entry) -> Made:
         return Made(entry, _record(step, entry, None))
 
-    def _run(self, step: Step, inputs: list[Made]) -> Made:
+    def _run(self, step: Step, inputs: list[Path]) -> Made:
         with self._session.scratch() as folder, Meter() as meter:
             context = StageContext(
                 out=folder / ARTIFACT,
                 inputs=[
-                    Artifact(ref.id, ref.kind, ref.key, made.entry.path)
-                    for ref, made in zip(step.inputs, inputs, strict=True)
+                    Artifact(ref.id, ref.kind, ref.key, path)
+                    for ref, path in zip(step.inputs, inputs, strict=True)
                 ],
                 checkpoint=self._plan.checkpoint,
                 threads=self._threads,
@@ -247,9 +261,36 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def assess(plan: Plan, made: Mapping[str, Made]) -> RunResult:
+@dataclass(frozen=True)
+class Shipped:
+    """The artifact that a report is about.
+
+    Attributes:
+        key: Its cache key.
+        files: Its files.
+        tensor_kinds: How its weights are stored.
+    """
+
+    key: str
+    files: tuple[FileRecord, ...]
+    tensor_kinds: tuple[TensorKindRecord, ...]
+
+    @classmethod
+    def of(cls, entry: Entry) -> Shipped:
+        """What an entry of the workspace says."""
+        return cls(
+            entry.key,
+            tuple(
+                FileRecord(name, stamp.size, f"sha256:{stamp.sha256}")
+                for name, stamp in entry.files.items()
+            ),
+            tuple(TensorKindRecord(**kind) for kind in entry.facts.get(TENSOR_KINDS, ())),
+        )
+
+
+def assess(plan: Plan, made: Mapping[str, Made], shipped: Shipped) -> RunResult:
     """Judges the measurements by the recipe's gates and collects what the build found out."""
-    checkpoint, entry = plan.checkpoint, made[plan.shipped].entry
+    checkpoint = plan.checkpoint
     return RunResult(
         recipe=plan.recipe.name,
         recipe_digest=f"sha256:{plan.recipe.digest}",
@@ -262,11 +303,9 @@ def assess(plan: Plan, made: Mapping[str, Made]) -> RunResult:
             files=checkpoint.digests,
         ),
         stages=tuple(item.record for item in made.values()),
-        artifact_key=entry.key,
-        files=tuple(
-            FileRecord(name, stamp.size, stamp.sha256) for name, stamp in entry.files.items()
-        ),
-        tensor_kinds=tuple(TensorKindRecord(**kind) for kind in entry.facts.get(TENSOR_KINDS, ())),
+        artifact_key=shipped.key,
+        files=shipped.files,
+        tensor_kinds=shipped.tensor_kinds,
         validations=tuple(
             _validation(plan, step, made[step.id].entry)
             for step in plan.steps
@@ -285,7 +324,7 @@ def _validation(plan: Plan, step: Step, entry: Entry) -> Validation:
     measurement = read_measurement(entry.path)
     limits = step.params.limits() if isinstance(step.params, Gated) else {}
     gates = judge(measurement, limits)
-    return Validation(step.id, plan.step(step.inputs[0].id).id, measurement, gates)
+    return Validation(step.id, step.inputs[0].id, measurement, gates)
 
 
 def manifest(plan: Plan, result: RunResult) -> dict[str, JSON]:

@@ -83,15 +83,16 @@ def is_relative_name(name: str) -> bool:
 
 
 def _cache_blobs(root: Path) -> tuple[Path, ...]:
-    """Where the links of a Hugging Face cache snapshot lead.
+    """Where the links of a Hugging Face cache snapshot, or of a folder in one, lead.
 
     A snapshot is `<cache>/models--<org>--<name>/snapshots/<commit>`; its blobs are that
     repository's own and, since huggingface_hub 2, the store that all repositories share.
     """
-    repository = root.parent.parent
-    if root.parent.name != "snapshots" or not repository.name.startswith("models--"):
-        return ()
-    return repository / "blobs", repository.parent / "blobs"
+    for snapshots in root.parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs", repository.parent / "blobs"
+    return ()
 
 
 def _leaves(folder: Path, name: str) -> CheckpointError:

@@ -21,11 +21,11 @@ CheckState = Literal["clean", "warnings", "errors", "not_checked"]
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of the shipped artifact, its path relative to the artifact's folder (POSIX)."""
+    """One file of the artifact, its path relative to the artifact's folder (POSIX)."""
 
     path: str
     size_bytes: int
-    sha256: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ class RunResult:
         created: UTC time in ISO 8601, seconds.
         checkpoint: The source model.
         stages: In the order of execution, implicit ones included.
-        artifact_key: Cache key of the shipped artifact.
-        files: The shipped artifact's files.
+        artifact_key: Cache key of the artifact.
+        files: The artifact's files.
         tensor_kinds: How the shipped weights are stored, when the writer says so.
         validations: One a validate stage, in the recipe's order.
         tools: Distribution name -> version, of everything that shaped bytes or figures.
@@ -316,5 +316,5 @@ class RunResult:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the shipped artifact."""
+        """Size of the artifact."""
         return sum(file.size_bytes for file in self.files)

@@ -140,14 +140,16 @@ class Session:
 
 
 def model_file(path: Path) -> Path:
-    """The artifact's model.onnx, or its only .onnx file.
+    """The artifact's only .onnx file; of several the one genai_config.json names, or model.onnx.
 
     Raises:
-        StageError: There is none, or several and none is called model.onnx.
+        StageError: There is none, or no telling which of several it is.
     """
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
     found = sorted(path.glob("*.onnx"))
+    if len(found) > 1:
+        named = _genai_decoder(path).get("filename")
+        wanted = [file for file in found if file.name == named]
+        found = wanted or [file for file in found if file.name == MODEL_FILE] or found
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise StageError(f"wanted {MODEL_FILE}, the .onnx files are: {names}", where=str(path))

@@ -118,7 +118,10 @@ def result(*validations: Validation) -> RunResult:
             StageRecord("check", "validate", "measurement", "3" * 64, False, 70.0, 130.0, 744_000),
         ),
         artifact_key="2" * 64,
-        files=(FileRecord("model.onnx", 32_778, "f" * 64), FileRecord("a/b.json", 12, "0" * 64)),
+        files=(
+            FileRecord("model.onnx", 32_778, "sha256:" + "f" * 64),
+            FileRecord("b.json", 12, "sha256:00"),
+        ),
         tensor_kinds=(
             TensorKindRecord("mlp", "int4 block 32", 3_145_728, 1_966_080),
             TensorKindRecord("norm", "f32", 2_304, 9_216),

@@ -11,7 +11,7 @@ import pytest
 from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.runtimes import RUNTIMES, ArtifactFolder
-from phiconv.runtimes.onnxruntime import Session
+from phiconv.runtimes.onnxruntime import Session, model_file
 from phiconv.runtimes.providers import CPU, ProviderChoice, choose
 from tests.onnx.models import hugging_face_logits
 
@@ -151,6 +151,19 @@ def test_one_onnx_file_of_another_name_is_taken(cpu_artifact: Path, tmp_path: Pa
     shutil.copytree(cpu_artifact, folder)
     (folder / "model.onnx").rename(folder / "decoder.onnx")
     assert next(open_session(folder).logits(WINDOWS)).shape == (96, 352)
+
+
+def test_of_several_onnx_files_the_named_one_is_taken(tmp_path: Path) -> None:
+    for name in ("model.onnx", "decoder.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    assert model_file(tmp_path).name == "model.onnx"
+    config = tmp_path / "genai_config.json"
+    config.write_text(json.dumps({"model": {"decoder": {"filename": "decoder.onnx"}}}))
+    assert model_file(tmp_path).name == "decoder.onnx"
+    config.unlink()
+    (tmp_path / "model.onnx").rename(tmp_path / "encoder.onnx")
+    with pytest.raises(StageError, match=r"files are: decoder\.onnx, encoder\.onnx"):
+        model_file(tmp_path)
 
 
 class TestWhenTheProviderIsMissing:
