@@ -113,16 +113,20 @@ def _worst_window(
     states: Sequence[NDArray[np.float32]],
     graph: DecoderGraph,
 ) -> int:
-    """The window whose residual stream is off most after some layers, or is not finite."""
+    """The first window to be no longer finite; else the one that is off most after the layers."""
     import numpy as np
 
+    for layer in group:
+        for point in _points(graph, layer):
+            stream = _at(streams, point)
+            if stream is not None and not _finite(stream):
+                return int((~np.isfinite(stream)).any(axis=(1, 2)).argmax())
     last = group[-1]
     stream = _at(streams, _points(graph, last)[-1])
     if stream is None or last.index + 1 >= len(states):
         return 0
     difference = np.subtract(stream, states[last.index + 1], dtype=np.float64)
-    errors = np.square(difference).sum(axis=(1, 2))
-    return int(np.where(np.isfinite(errors), errors, np.inf).argmax())
+    return int(np.square(difference).sum(axis=(1, 2)).argmax())
 
 
 def _layer_error(
