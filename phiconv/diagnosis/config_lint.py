@@ -80,6 +80,7 @@ def _attention(layer: DecoderLayer, config: ModelConfig) -> Iterator[Finding]:
     node, name = layer.attention, "self_attn.attention"
     for attribute, wanted in (
         ("num_heads", config.num_attention_heads),
+        ("q_num_heads", config.num_attention_heads),
         ("kv_num_heads", config.num_key_value_heads),
     ):
         found = _number(node, attribute)

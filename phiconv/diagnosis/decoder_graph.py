@@ -218,7 +218,7 @@ class _Reader:
         self._where = where
         nodes = list(model.graph)
         self._order = {node: index for index, node in enumerate(nodes)}
-        self._attention = [node for node in nodes if node.op_type in ATTENTION_OPERATORS]
+        self._attention = [node for node in nodes if _is_attention(node)]
         self._linear = [node for node in nodes if _is_linear(node)]
         self._norm = {node: _norm(node) for node in nodes if node.op_type in NORM_OPERATORS}
         self._embedding = next((node for node in nodes if _is_embedding(node)), None)
@@ -254,16 +254,7 @@ class _Reader:
         )
 
     def _layer(self, index: int, attention: ir.Node, down: ir.Node | None) -> DecoderLayer:
-        sources = [self._sources(value) for value in attention.inputs[:3] if value is not None]
-        products = [[node for node in found if node in self._linear] for found in sources]
-        roles: tuple[Role, ...] = ("q_proj", "k_proj", "v_proj")
-        if len(products) == 1:
-            roles = ("qkv_proj",)
-        qkv = tuple(
-            self._as_linear(found[0], role, index)
-            for role, found in zip(roles, products, strict=True)
-            if found
-        )
+        qkv = self._qkv(attention, index)
         after = [node for node in self._sinks(attention.outputs[0]) if node in self._linear]
         gate_up = self._gate_up(down, index)
         return DecoderLayer(
@@ -277,6 +268,18 @@ class _Reader:
             gate_up=gate_up,
             down=None if down is None else self._as_linear(down, "down_proj", index),
         )
+
+    def _qkv(self, attention: ir.Node, layer: int) -> tuple[Linear, ...]:
+        inputs = attention.inputs[:3]
+        packed = all(value is None for value in inputs[1:])
+        roles: tuple[Role, ...] = ("qkv_proj",) if packed else ("q_proj", "k_proj", "v_proj")
+        found = []
+        for role, value in zip(roles, inputs, strict=False):
+            before = [] if value is None else self._sources(value)
+            products = [node for node in before if node in self._linear]
+            if products:
+                found.append(self._as_linear(products[0], role, layer))
+        return tuple(found)
 
     def _mlps(self, head: ir.Node | None) -> list[ir.Node]:
         """The last projection of every MLP: linears that read other linears, in order."""
@@ -355,6 +358,12 @@ class _Reader:
                 else:
                     stack.extend(node.outputs)
         return found
+
+
+def _is_attention(node: ir.Node) -> bool:
+    """Not com.microsoft's Attention, which holds the projections of q, k and v itself."""
+    own_projections = node.op_type == "Attention" and node.domain == "com.microsoft"
+    return node.op_type in ATTENTION_OPERATORS and not own_projections
 
 
 def _is_linear(node: ir.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from phiconv.diagnosis.ladder import GRAPH
@@ -14,13 +14,8 @@ from phiconv.diagnosis.results import (
     Rung,
     TensorError,
 )
-
-LIMITS: Mapping[str, float] = {
-    "kl_divergence.mean": 0.05,
-    "top1_agreement": 0.9,
-    "perplexity.ratio": 1.05,
-}
-"""Gates of an artifact that brings none of its own: greatest, least and greatest value."""
+from phiconv.gates import DEFAULT
+from phiconv.metrics import METRICS
 
 # A block's error is about the root of the summed errors of its weights; softmax and the product of
 # gate and up may raise it, but not this much.
@@ -81,20 +76,22 @@ def entry_rung(rungs: Sequence[Rung]) -> Rung | None:
 
 
 def failed_gates(rung: Rung) -> list[str]:
-    """Which of `LIMITS` the artifact does not meet, in words."""
+    """Which of the default gates, those of `phiconv validate`, a rung does not meet, in words."""
     if rung.kl_mean is None:
-        return [rung.note or "its logits are not finite"]
+        return [rung.note or "the logits are not finite"]
+    measured = {
+        "kl_divergence.mean": rung.kl_mean,
+        "top1_agreement": rung.top1_agreement,
+        "perplexity.ratio": rung.perplexity_ratio,
+    }
     failed = []
-    if rung.kl_mean > LIMITS["kl_divergence.mean"]:
-        failed.append(f"mean KL {rung.kl_mean:.3g} exceeds {LIMITS['kl_divergence.mean']:g}")
-    if rung.top1_agreement is not None and rung.top1_agreement < LIMITS["top1_agreement"]:
-        failed.append(
-            f"top-1 agreement {rung.top1_agreement:.1%} is below {LIMITS['top1_agreement']:.0%}"
-        )
-    ratio = rung.perplexity_ratio
-    if ratio is None or ratio > LIMITS["perplexity.ratio"]:
-        text = "is not finite" if ratio is None else f"{ratio:.3f}"
-        failed.append(f"perplexity ratio {text} exceeds {LIMITS['perplexity.ratio']:g}")
+    for name, value in measured.items():
+        title = METRICS[name].title
+        for bound, limit in DEFAULT.get(name, {}).items():
+            if value is None:
+                failed.append(f"{title} not finite")
+            elif (value > limit) if bound == "max" else (value < limit):
+                failed.append(f"{title} {value:.3g}, limit {bound} {limit:g}")
     return failed
 
 
@@ -117,7 +114,7 @@ def verdict(evidence: Evidence, faults: Sequence[Fault]) -> str:
         return f"no fault found: {measured}{stage}"
     formats = {tensor.format for tensor in evidence.tensors if "block" in tensor.format}
     explained = f", which is what {' and '.join(sorted(formats))} costs here" if formats else ""
-    return f"no fault found, but {', '.join(failed)}{stage}{explained}"
+    return f"no fault found, but {'; '.join(failed)}{stage}{explained}"
 
 
 def _findings(findings: Sequence[Finding]) -> list[Fault]:
