@@ -1,4 +1,4 @@
-"""What a build shows while it runs: live bars on a terminal, plain lines elsewhere, or nothing."""
+"""What is shown while work runs: live bars on a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PeakMemory = Callable[[], int]
 
 
 class Display(Protocol):
-    """Where a build says what it does."""
+    """Where it is said what is being done."""
 
     def begin(self, title: str, count: int) -> None:
-        """A build of `count` steps begins."""
+        """A piece of work of `count` steps begins, such as `building NAME`."""
 
     def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
         """A step starts; `peak` gives its peak memory so far, in bytes."""
@@ -92,9 +92,9 @@ class PlainDisplay:
         self._index = self._count = 0
 
     def begin(self, title: str, count: int) -> None:
-        """Names the build."""
+        """Names the work."""
         self._index, self._count = 0, count
-        self.note(f"building {title}")
+        self.note(title)
 
     def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
         """Says that a step starts."""
@@ -165,7 +165,7 @@ class RichDisplay:
         self._index = self._count = 0
 
     def begin(self, title: str, count: int) -> None:
-        """Names the build."""
+        """Names the work."""
         self._index, self._count = 0, count
         self._console.print(f"[bold]{title}[/bold]")
 

@@ -13,7 +13,8 @@ from phiconv.errors import EnvironmentLacksError, PhiconvError, StageError
 from phiconv.inspect import tensor_kinds
 from phiconv.plan import Plan, Step
 from phiconv.progress import Display
-from phiconv.publish import publish
+from phiconv.publish import ARTIFACT as ARTIFACT_FOLDER
+from phiconv.publish import REPORT, publish
 from phiconv.recipe.model import Recipe
 from phiconv.report.results import (
     CheckpointRecord,
@@ -52,12 +53,14 @@ class Built:
     Attributes:
         plan: What was planned.
         result: What was found out.
-        out: Where the artifact and the report are.
+        artifact: Where the artifact is.
+        report: Where the reports are.
     """
 
     plan: Plan
     result: RunResult
-    out: Path
+    artifact: Path
+    report: Path
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Dis
     Raises:
         PhiconvError: A stage failed; the output folder stays as it was.
     """
-    display.begin(plan.recipe.name, len(plan.at_hand))
+    display.begin(f"building {plan.recipe.name}", len(plan.at_hand))
     runner = Runner(plan, session, threads, display)
     for step in plan.at_hand:
         runner.ensure(step)
@@ -128,7 +131,7 @@ def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Dis
         publish(out, entry, write_report, manifest(plan, result), session.workspace)
     except OSError as error:
         raise disk_full(error, out, entry.size_bytes) or error from error
-    return Built(plan, result, out)
+    return Built(plan, result, out / ARTIFACT_FOLDER, out / REPORT)
 
 
 class Runner:

@@ -127,8 +127,8 @@ def _figures(built: Built) -> list[str]:
     if peak:
         figures.append(f"peak memory {size_text(peak)}")
     return [
-        f"  artifact: {built.out / 'artifact'} ({size_text(built.result.size_bytes)})",
-        f"  report: {built.out / 'report'}",
+        f"  artifact: {built.artifact} ({size_text(built.result.size_bytes)})",
+        f"  report: {built.report}",
         f"  {', '.join(figures)}",
     ]
 

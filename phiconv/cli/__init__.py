@@ -18,9 +18,10 @@ from phiconv.cli.boundary import Settings, boundary, terminate
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
 from phiconv.cli.recipes import build, plan
+from phiconv.cli.validation import validate
 from phiconv.cli.workspace import cache
 
-COMMANDS = (build, plan, inspect, schema, doctor, cache)
+COMMANDS = (build, plan, validate, inspect, schema, doctor, cache)
 
 _EXIT_CODES = """\b
 Exit codes:

@@ -33,6 +33,21 @@ verbose_option = click.option(
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads a stage may use [default: all cores]; never changes the artifact.",
+)
+
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Show only verdicts, failures and errors."
+)
+
+rebuild_option = click.option(
+    "--rebuild", is_flag=True, help="Run every stage, whatever the cache has."
+)
+
 
 def recipe_options(function: Function) -> Function:
     """What `build` and `plan` share."""
@@ -55,9 +70,7 @@ def recipe_options(function: Function) -> Function:
                 help="Replace a parameter of a stage; nested keys are joined with dots. "
                 "Repeatable.",
             ),
-            click.option(
-                "--rebuild", is_flag=True, help="Run every stage, whatever the cache has."
-            ),
+            rebuild_option,
         ]
     ):
         function = option(function)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,12 +11,12 @@ from phiconv.cli.options import (
     json_option,
     overrides,
     print_json,
+    quiet_option,
     recipe_options,
+    threads_option,
     verbose_option,
 )
-
-if TYPE_CHECKING:
-    from phiconv.batch import Outcome
+from phiconv.cli.outcomes import print_outcomes
 
 
 @click.command()
@@ -29,18 +26,13 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     help="Output folder [default: dist/<recipe name>]; with several recipes, of their folders.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads a stage may use [default: all cores]; never changes the artifact.",
-)
+@threads_option
 @click.option(
     "--skip-validation",
     is_flag=True,
     help="Leave out the stages that measure; the artifact is then not validated.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Show only verdicts, failures and errors.")
+@quiet_option
 @verbose_option
 def build(
     recipes: tuple[Path, ...],
@@ -77,21 +69,8 @@ def build(
         )
     finally:
         display.close()
-    _print_outcomes(outcomes, quiet)
+    print_outcomes(outcomes, quiet)
     return worst([outcome.exit_code for outcome in outcomes])
-
-
-def _print_outcomes(outcomes: Sequence[Outcome], quiet: bool) -> None:
-    """The summary on stdout, the errors on stderr."""
-    from phiconv.summary import error_text, outcome_lines
-
-    plain = bool(os.environ.get("NO_COLOR"))
-    for outcome in outcomes:
-        for text, colour in outcome_lines(outcome):
-            if colour or not quiet:
-                click.echo(click.style(text, fg=None if plain else colour, reset=not plain))
-        if outcome.error is not None:
-            click.echo(error_text(outcome.error), err=True)
 
 
 @click.command()

@@ -67,8 +67,12 @@ class Document:
         return self.name
 
 
-def read(path: Path) -> Document:
-    """Reads a recipe file.
+def read(path: Path, what: str = "recipe") -> Document:
+    """Reads a file.
+
+    Args:
+        path: The file.
+        what: What it holds, for errors.
 
     Raises:
         RecipeError: The file is not there, is not UTF-8 text, or is not the YAML phiconv takes
@@ -78,10 +82,10 @@ def read(path: Path) -> Document:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(
-            f"there is no recipe file {path}", remedy="give the path of a YAML recipe"
+            f"there is no {what} file {path}", remedy="give the path of a YAML file"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe: {error}", where=str(path)) from error
+        raise RecipeError(f"cannot read the {what} file: {error}", where=str(path)) from error
     return parse(text, str(path))
 
 

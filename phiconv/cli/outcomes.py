@@ -1,0 +1,30 @@
+"""Prints what became of builds and validations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from phiconv.batch import Outcome
+
+
+def print_lines(lines: Iterable[tuple[str, str | None]], quiet: bool = False) -> None:
+    """Lines on stdout, in their colours on a terminal; `quiet` leaves out those without one."""
+    plain = bool(os.environ.get("NO_COLOR"))
+    for text, colour in lines:
+        if colour or not quiet:
+            click.echo(click.style(text, fg=None if plain else colour, reset=not plain))
+
+
+def print_outcomes(outcomes: Sequence[Outcome], quiet: bool) -> None:
+    """The summary on stdout, the errors on stderr."""
+    from phiconv.summary import error_text, outcome_lines
+
+    for outcome in outcomes:
+        print_lines(outcome_lines(outcome), quiet)
+        if outcome.error is not None:
+            click.echo(error_text(outcome.error), err=True)

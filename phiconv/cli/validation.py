@@ -1,0 +1,105 @@
+"""`phiconv validate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phiconv.cli.options import quiet_option, rebuild_option, threads_option, verbose_option
+from phiconv.cli.outcomes import print_outcomes
+from phiconv.cli.subject import subject_options
+
+
+@click.command()
+@subject_options(when_missing=("require", "fallback-cpu", "skip"), windows=8, window_length=512)
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "onnxruntime-genai"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the artifact; onnxruntime-genai also decodes token by token and generates.",
+)
+@click.option(
+    "--generate-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the greedy generation, with --runtime onnxruntime-genai.",
+)
+@click.option(
+    "--reference-device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the fp32 reference is computed.",
+)
+@click.option(
+    "--gates",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file that maps metrics to min and max, instead of the default gates "
+    "(docs/validation.md).",
+)
+@click.option(
+    "--set-gate",
+    "settings",
+    multiple=True,
+    metavar="METRIC.BOUND=V",
+    help="Set one limit, such as kl_divergence.mean.max=0.02. Repeatable.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the reports [default: dist/<artifact>-validation].",
+)
+@threads_option
+@rebuild_option
+@quiet_option
+@verbose_option
+def validate(
+    artifact: Path,
+    reference: str,
+    revision: str | None,
+    gates: Path | None,
+    settings: tuple[str, ...],
+    out: Path | None,
+    threads: int | None,
+    rebuild: bool,
+    quiet: bool,
+    **measured: Any,
+) -> int:
+    """Measure any ONNX artifact against its checkpoint.
+
+    ARTIFACT is a folder with a decoder as ONNX Runtime GenAI runs it, made by phiconv or not. The
+    reference and the measurement are kept in the workspace, so that judging by other gates runs no
+    model again.
+    """
+    from phiconv import machine
+    from phiconv.gates import DEFAULT
+    from phiconv.progress import make_display
+    from phiconv.recipe.gates_file import read_gates, with_settings
+    from phiconv.stages.validate import ValidateParams
+    from phiconv.validation import Subject, validate_artifact
+    from phiconv.workspace import Workspace
+
+    generates = measured["runtime"] == "onnxruntime-genai"
+    base = DEFAULT if gates is None else read_gates(gates, generates=generates).limits
+    params = ValidateParams(gates=with_settings(base, settings), **measured)
+    display = make_display(sys.stderr, quiet=quiet)
+    try:
+        outcome = validate_artifact(
+            Subject(artifact, reference, revision, params),
+            Workspace.default(),
+            display,
+            out=out,
+            threads=threads or machine.threads(),
+            rebuild=rebuild,
+        )
+    finally:
+        display.close()
+    print_outcomes([outcome], quiet)
+    return outcome.exit_code

@@ -1,0 +1,176 @@
+"""Validates an ONNX folder wherever it lies, also one that phiconv did not make.
+
+It goes the way of a recipe with one stage, `validate`, whose input is the folder as it is: nothing
+of it is copied. Its key is the digest of its files, so that reference and measurement are found in
+the workspace the next time, and other gates judge without running a model again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phiconv.batch import DIST, Outcome
+from phiconv.errors import StageError
+from phiconv.inspect import tensor_kinds
+from phiconv.plan import digest, make_plan
+from phiconv.preflight import preflight
+from phiconv.progress import Display
+from phiconv.recipe.model import ModelSource, Recipe, RecipeText, StageEntry, StageUse
+from phiconv.report.results import FileRecord, RunResult
+from phiconv.run import Built, Runner, Shipped, assess, open_checkpoint
+from phiconv.stages.stage import ONNX, InputRef
+from phiconv.stages.validate import Validate, ValidateParams
+from phiconv.workspace import Session, Workspace
+from phiconv.workspace.session import open_session
+from phiconv.workspace.store import remove_tree
+
+if TYPE_CHECKING:
+    from phiconv.onnx.folder import OnnxFolder
+
+ARTIFACT, STAGE = "artifact", "validate"
+_PLACE = "command line"
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be validated, and against what.
+
+    Attributes:
+        artifact: The folder of the ONNX model, or the model's file.
+        source: The checkpoint it was made from: a folder or a Hub id.
+        revision: Revision of a Hub model.
+        params: How it is measured, and the gates.
+    """
+
+    artifact: Path
+    source: str
+    revision: str | None
+    params: ValidateParams
+
+    @property
+    def name(self) -> str:
+        """Names the reports: the folder, or for `dist/NAME/artifact` that NAME."""
+        path = self.artifact.resolve()
+        path = path.parent if path.suffix == ".onnx" else path
+        name = path.parent.name if path.name == ARTIFACT else path.name
+        return _NOT_IN_A_NAME.sub("-", name).strip("-._") or ARTIFACT
+
+
+def validate_artifact(
+    subject: Subject,
+    workspace: Workspace,
+    display: Display,
+    *,
+    out: Path | None = None,
+    threads: int = 1,
+    rebuild: bool = False,
+) -> Outcome:
+    """Measures an artifact against its checkpoint and writes the four reports.
+
+    Args:
+        subject: What to validate.
+        workspace: Keeps the reference and the measurement.
+        display: Where progress is shown.
+        out: Folder of the reports; by default `dist/<name>-validation`.
+        threads: How many threads a stage may use.
+        rebuild: Measure again, whatever the workspace has.
+
+    Raises:
+        RecipeError: There is no such folder, or a parameter or gate is wrong.
+        StageError: The artifact is broken, is no decoder, or is not of this checkpoint.
+        EnvironmentLacksError: The provider, a package or the checkpoint is missing.
+    """
+    from phiconv.onnx.folder import open_folder
+
+    folder = open_folder(subject.artifact)
+    recipe = _recipe(subject)
+    out = out or DIST / f"{subject.name}-validation"
+    with open_session(workspace) as session:
+        checkpoint = open_checkpoint(recipe, workspace, display, download=True)
+        _check_vocabulary(folder, checkpoint.config.vocab_size)
+        files = _hash(folder, workspace, display)
+        given = InputRef(ARTIFACT, ONNX, _key(files), folder.path)
+        plan = make_plan(recipe, checkpoint, workspace, rebuild=rebuild, given=given)
+        preflight([(plan, out)], workspace)
+        display.begin(f"validating {recipe.name}", len(plan.at_hand))
+        runner = Runner(plan, session, threads, display)
+        for step in plan.at_hand:
+            runner.ensure(step)
+        shipped = Shipped(given.key, files, tensor_kinds(folder.path))
+        result = assess(plan, runner.made, shipped)
+        _write(result, out, session)
+    return Outcome(recipe, Built(plan, result, folder.path, out), None)
+
+
+def _recipe(subject: Subject) -> Recipe:
+    """The recipe that says what the command line does."""
+    params = subject.params
+    values = params.model_dump(mode="json", exclude_defaults=True)
+    if "tokens" in values:
+        values["tokens"] = Path(params.tokens).name  # a recipe's digest depends on no path
+    entry = StageEntry.model_validate(
+        {"id": STAGE, "uses": Validate.name, "from": ARTIFACT, "with": values}
+    )
+    text = RecipeText(
+        schema=1,
+        name=subject.name,
+        model=ModelSource(source=subject.source, revision=subject.revision),
+        stages=(entry,),
+    )
+    use = StageUse(STAGE, Validate(), params, (ARTIFACT,), _PLACE)
+    written = json.dumps(text.model_dump(mode="json"), sort_keys=True)
+    text_sha256 = hashlib.sha256(written.encode()).hexdigest()
+    return Recipe(text, Path(_PLACE), text_sha256, subject.source, (use,))
+
+
+def _check_vocabulary(folder: OnnxFolder, vocab_size: int) -> None:
+    if folder.vocab_size not in (None, vocab_size):
+        raise StageError(
+            f"the artifact's vocabulary is {folder.vocab_size}, the checkpoint's is {vocab_size}",
+            where=str(folder.model),
+            remedy="give the checkpoint the artifact was made from with --reference",
+        )
+
+
+def _hash(folder: OnnxFolder, workspace: Workspace, display: Display) -> tuple[FileRecord, ...]:
+    """The artifact's files with their digests, those not known yet hashed."""
+    from phiconv.checkpoint import DigestCache
+    from phiconv.checkpoint.digests import digest_files
+
+    paths = [folder.path / name for name in folder.files]
+    sizes = [path.stat().st_size for path in paths]
+    progress = display.step(ARTIFACT, str(folder.path), lambda: 0)
+    progress.start(sum(sizes))
+    digests = digest_files(
+        paths,
+        cache=DigestCache(workspace.digests),
+        on_bytes=lambda count: progress.advance(count, "hashing"),
+    )
+    return tuple(map(FileRecord, folder.files, sizes, digests))
+
+
+def _key(files: tuple[FileRecord, ...]) -> str:
+    return digest({"artifact": ONNX, "files": {file.path: file.digest for file in files}})
+
+
+def _write(result: RunResult, out: Path, session: Session) -> None:
+    """Puts the four reports into `out`, each whole or not at all, whatever else is there."""
+    from phiconv.report import write_reports
+
+    out.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()
+    with session.workspace.lock(f"out-{name}"):
+        new = Path(tempfile.mkdtemp(prefix=".phiconv-", dir=out))
+        try:
+            write_reports(result, new)
+            for file in sorted(new.iterdir()):
+                file.replace(out / file.name)
+        finally:
+            remove_tree(new)
