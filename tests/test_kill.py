@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,22 +51,39 @@ def assert_no_broken_hit(bench: Bench) -> None:
             assert sha256_file(found.path / name) == stamp.sha256
 
 
-def kill_builds(bench: Bench, kills: int, part_bytes: int, seed: int) -> None:
+def start_tiny_phi3(bench: Bench, *options: str) -> subprocess.Popen[str]:
+    """The shipped int4 recipe on the bundled checkpoint."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "phiconv", "build", "recipes/int4-cpu.yaml"),
+            *("--model", "examples/tiny-phi3", "--out", str(bench.out), *options),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PHICONV_HOME": str(bench.workspace.home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_builds(
+    bench: Bench, kills: int, seed: int, start: Callable[..., subprocess.Popen[str]]
+) -> None:
     moments = random.Random(seed)
     began = time.monotonic()
-    first = start(bench, part_bytes)
+    first = start(bench)
     _, errors = first.communicate()
     assert first.returncode == 0, errors
     duration = time.monotonic() - began
     for kill in range(kills):
         # Every build has all to do, and other bytes than the one before to publish.
-        process = start(bench, part_bytes, "--rebuild", "--set", f"int4.bits={4 + 4 * (kill % 2)}")
+        process = start(bench, "--rebuild", "--set", f"int4.bits={4 + 4 * (kill % 2)}")
         time.sleep(moments.uniform(0.2, 1.1) * duration)
         process.kill()
         process.communicate()
         assert_whole(bench.out)
         assert_no_broken_hit(bench)
-    process = start(bench, part_bytes)
+    process = start(bench)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert (bench.out / "manifest.json").is_file()
@@ -76,12 +94,17 @@ def kill_builds(bench: Bench, kills: int, part_bytes: int, seed: int) -> None:
 
 
 def test_three_kills(bench: Bench) -> None:
-    kill_builds(bench, 3, COPIED, seed=1)
+    kill_builds(bench, 3, 1, lambda bench, *options: start(bench, COPIED, *options))
 
 
 @pytest.mark.slow
 def test_twenty_kills(bench: Bench) -> None:
-    kill_builds(bench, 20, LINKED, seed=2)
+    kill_builds(bench, 20, 2, lambda bench, *options: start(bench, LINKED, *options))
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_real_build(bench: Bench) -> None:
+    kill_builds(bench, 20, 3, start_tiny_phi3)
 
 
 @pytest.mark.parametrize(
