@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from phiconv.checkpoint import Checkpoint
-    from phiconv.diagnosis.results import TensorError
+    from phiconv.checkpoint import Checkpoint, ModelConfig
+    from phiconv.diagnosis.results import Finding, TensorError
     from phiconv.diagnosis.weight_map import WeightPart
     from phiconv.report.results import Provenance
     from phiconv.stages.stage import Progress
@@ -74,11 +74,13 @@ def diagnose(
     file = model_file(artifact)
     graph = read_decoder(_load(file), str(file))
     run = _Run(graph, checkpoint, file, tokens.windows, provider.provider, threads, progress)
-    findings = [*lint_config(graph, checkpoint.config), *lint_wiring(graph, checkpoint.config)]
+    findings = _lint(graph, checkpoint.config)
     parts = map_weights(graph, checkpoint)
     tensors = run.tensors(parts)
     states, hidden = run.reference()
-    stream = run.stream(states)
+    # the reference's layers cannot be run on values of another width
+    fits = not any(tensor.status == "misfit" for tensor in tensors)
+    stream = run.stream(states) if fits else StreamErrors([], [])
     del states
     ladder, provenance = run.climb(hidden, parts, provider)
     evidence = Evidence(
@@ -104,6 +106,24 @@ def diagnose(
         verdict=verdict(evidence, faults),
         versions={name: metadata.version(name) for name in _TOOLS},
     )
+
+
+def lint_artifact(artifact: Path, config: ModelConfig) -> list[Finding]:
+    """What an artifact's graph says otherwise than a configuration; nothing is run.
+
+    Args:
+        artifact: Its folder.
+        config: The configuration of the checkpoint it was made from.
+
+    Raises:
+        StageError: The graph is no decoder that could be read.
+    """
+    file = model_file(artifact)
+    return _lint(read_decoder(_load(file), str(file)), config)
+
+
+def _lint(graph: DecoderGraph, config: ModelConfig) -> list[Finding]:
+    return [*lint_config(graph, config), *lint_wiring(graph, config)]
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class _Check:
         expected = compute(*read)
         if found.size != expected.size:
             return  # a shape of its own: what reads it says so
-        found = _float(found).reshape(expected.shape)
+        found = found.reshape(expected.shape)
         kinds = {array.dtype.name for array in (*read, *(a for a in arrays[-1:] if a is not None))}
         tolerance = max(least_tolerance, *(_TOLERANCES.get(kind, 1e-3) for kind in kinds))
         self.errors.append(_error(component, self._layer, found, expected, tolerance))
@@ -206,20 +206,20 @@ class _Check:
 def _error(
     component: str,
     layer: int | None,
-    found: NDArray[np.float32],
+    found: NDArray[Any],
     expected: NDArray[np.float32],
     tolerance: float,
 ) -> OperatorError:
     import numpy as np
 
     usable = np.isfinite(found)
-    largest = float(np.abs(found[usable]).max(initial=0.0))
+    largest = float(np.abs(found[usable].astype(np.float32)).max(initial=0.0))
     if not usable.all():
+        count = f"{int((~usable).sum())} of {usable.size} values"
         peak = float(np.abs(expected).max(initial=0.0))
-        detail = (
-            f"{int((~usable).sum())} of {usable.size} values are not finite; in fp32 they reach "
-            f"{peak:.4g}"
-        )
+        detail = f"{count} are not finite; in fp32 they reach {peak:.4g}"
+        if found.dtype == np.float16 and peak > (limit := float(np.finfo(np.float16).max)):
+            detail = f"{count} overflow fp16: they reach {peak:.6g}, it ends at {limit:.6g}"
         return OperatorError(component, layer, None, tolerance, largest, detail)
     return OperatorError(component, layer, relative_error(found, expected), tolerance, largest)
 

@@ -87,7 +87,7 @@ class Probe:
         import numpy as np
 
         length = len(window)
-        cache = (1, self._config.num_key_value_heads, 0, self._config.head_dim)
+        sizes = (self._config.num_key_value_heads, self._config.head_dim)
         ready = {
             "input_ids": window[None],
             "attention_mask": np.ones((1, length), np.int64),
@@ -97,7 +97,11 @@ class Probe:
         for node in self._session.get_inputs():
             dtype = np.dtype(_NUMPY_TYPES.get(node.type, "float32"))
             if node.name.startswith("past_key_values."):
-                feeds[node.name] = np.zeros(cache, dtype)
+                heads, width = (
+                    declared if isinstance(declared, int) else size
+                    for declared, size in zip(node.shape[1::2], sizes, strict=True)
+                )
+                feeds[node.name] = np.zeros((1, heads, 0, width), dtype)
             elif node.name in ready:
                 feeds[node.name] = ready[node.name].astype(dtype)
             else:

@@ -279,4 +279,4 @@ def test_fp16_overflow(tmp_path: Path) -> None:
     assert component in {"mlp.down_proj", "mlp.residual", "self_attn.residual"}
     assert layers == (layer,)
     assert f"stage 'graph', layer {layer}, {component} (" in diagnosis.verdict
-    assert "values are not finite; in fp32 they reach" in diagnosis.verdict
+    assert "overflow fp16: they reach " in diagnosis.verdict
