@@ -1,6 +1,6 @@
 """ggml's block formats by name: sizes, quantizers with and without importance matrix, inverses.
 
-The bytes are those of `ggml_quantize_chunk` of llama.cpp (build 11549, October 2026) on x86-64,
+The bytes are those of `ggml_quantize_chunk` of llama.cpp (ggml 0.26.0, October 2026) on x86-64,
 where no compiler contracts its quantizers to fused multiply-adds, and the same on every machine.
 An ARM64 build of ggml does contract them, and now and then chooses another scale.
 """
