@@ -1,12 +1,15 @@
-"""Fixtures for the engine's tests."""
+"""Fixtures for the tests of the engine and of the command line."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.phi3_checkpoints import write_phi3_checkpoint
+from tests.terminal import Terminal
 from tests.toy_stages import Bench
 
 
@@ -20,3 +23,21 @@ def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(tmp_path: Path, toy_checkpoint: Path) -> Bench:
     """A place to build recipes with toy stages."""
     return Bench(tmp_path, toy_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of a module's commands."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def phiconv(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Terminal]:
+    """The command line, offline, in the module's workspace."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("PHICONV_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield Terminal(capsys)
+    signal.signal(signal.SIGTERM, handler)

@@ -5,63 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from phiconv.cli import main
 from phiconv.cli.boundary import DEBUG_VARIABLE
+from tests.terminal import Terminal
 from tests.toy_stages import assert_whole
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny-phi3"
 INT4 = ROOT / "recipes" / "int4-cpu.yaml"
 BUILD = ("build", str(INT4), "--model", str(TINY))
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Terminal:
-    """Runs commands in this process, with a workspace of its own."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> Done:
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        shown = self._capsys.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Done(code, shown.out, shown.err)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture
-def phiconv(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Terminal]:
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv("PHICONV_HOME", str(home))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield Terminal(capsys)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

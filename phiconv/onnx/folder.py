@@ -101,7 +101,7 @@ def _check_signature(model: ir.Model, file: Path) -> None:
     ]
     if missing:
         raise StageError(
-            f"not a decoder that ONNX Runtime GenAI could run: it has no {', no '.join(missing)}",
+            f"not a decoder that ONNX Runtime GenAI could run: it lacks {', '.join(missing)}",
             where=str(file),
             remedy=f"{_EXPORT}; its inputs are {_named(inputs)}; its outputs {_named(outputs)}",
         )
