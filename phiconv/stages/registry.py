@@ -7,6 +7,7 @@ types in `phiconv.stages.stage`, does not import them all.
 from __future__ import annotations
 
 from phiconv.stages.cast import Cast
+from phiconv.stages.convert_gguf import ConvertGguf
 from phiconv.stages.export_onnx import ExportOnnx
 from phiconv.stages.quantize import Quantize
 from phiconv.stages.reference import Reference
@@ -19,6 +20,7 @@ STAGES: dict[str, Stage] = {
     "quantize": Quantize(),
     "cast": Cast(),
     "write-onnx": WriteOnnx(),
+    "convert-gguf": ConvertGguf(),
     "reference": Reference(),
     "validate": Validate(),
 }

@@ -1,0 +1,288 @@
+"""Writes a GGUF file in one pass over the checkpoint.
+
+gguf's own writer lays out header, metadata and tensor infos; the tensor data is computed here,
+some rows at a time and by many threads: rows are read into a thread's buffer, one kernel turns
+them into ggml's blocks, and these go to their place in the file. So memory is a few buffers for
+each thread whatever the model's size, there is no intermediate file, and the bytes depend on the
+plan and the checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phiconv.checkpoint import numpy_dtype
+from phiconv.data_file import DataFile, Region
+from phiconv.errors import CheckpointError, StageError
+from phiconv.gguf.file_types import FLOAT_TYPES
+from phiconv.gguf.plan import Constant, TensorPlan, Weight
+from phiconv.kernels import floats, ggml
+
+if TYPE_CHECKING:
+    import gguf
+
+    from phiconv.checkpoint import Checkpoint
+    from phiconv.stages.stage import Progress
+
+    Array = npt.NDArray[Any]
+
+# A job's input: small enough to stay in the second-level cache between read and write.
+CHUNK_BYTES = 2 << 20
+
+_HEADER = "header"
+_FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+# Where a block holds its fp16 scales, in bytes: a weight too large for them makes one infinite.
+_SCALES: Mapping[str, tuple[int, ...]] = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+_F16_EXPONENT = 0x7C00
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the writer made.
+
+    Attributes:
+        sha256: Digest of the file.
+        size: Its size in bytes.
+        source_bytes: Bytes read from the checkpoint.
+    """
+
+    sha256: str
+    size: int
+    source_bytes: int
+
+
+def write_gguf(
+    path: Path,
+    metadata: gguf.GGUFWriter,
+    plan: TensorPlan,
+    checkpoint: Checkpoint,
+    *,
+    importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    threads: int,
+    progress: Progress,
+) -> Written:
+    """Writes a file.
+
+    Args:
+        path: The file; it must not exist.
+        metadata: gguf's writer with every key of the file and no tensor; it is used up.
+        plan: The tensors.
+        checkpoint: Where the rows come from.
+        importance: Importance of each column by tensor name, float32 [K]; tensors that it lacks
+            are quantized without.
+        threads: Number of worker threads.
+        progress: Told the bytes read and the tensor in hand.
+
+    Raises:
+        CheckpointError: A weight holds NaN or Inf; every such tensor is named.
+        StageError: A weight is too large for its type; every such tensor is named.
+        OSError: Reading or writing failed.
+    """
+    header = _header(path, metadata, plan)
+    regions = _lay_out(header, plan, metadata.data_alignment)
+    jobs = list(_jobs(plan, checkpoint, regions))
+    source_bytes = sum(job.source_bytes for job in jobs)
+    progress.start(source_bytes, "bytes")
+    work = _Work(checkpoint, progress, importance or {})
+    with DataFile(path, regions) as data:
+        _write_whole(data, regions[_HEADER], np.frombuffer(header, np.uint8))
+        for tensor in plan.tensors:
+            region = regions[tensor.name]
+            if isinstance(tensor, Constant):
+                _write_whole(data, region, np.array(tensor.values, "<f4"))
+            elif tensor.nbytes < region.length:
+                data.complete(region.offset + tensor.nbytes, region.end)  # zeros
+        _run(jobs, work, data, threads)
+        work.raise_findings()
+        digest = data.sha256()
+    return Written(digest, data.size, source_bytes)
+
+
+def _header(path: Path, metadata: gguf.GGUFWriter, plan: TensorPlan) -> bytes:
+    """Everything before the tensor data, padded to its alignment."""
+    import gguf
+
+    for tensor in plan.tensors:
+        metadata.add_tensor_info(
+            tensor.name,
+            tensor.dimensions,
+            np.dtype(np.float32),
+            tensor.nbytes,
+            raw_dtype=gguf.GGMLQuantizationType[tensor.type],
+        )
+    # gguf writes to files only
+    scratch = path.with_name(f"{path.name}.{_HEADER}")
+    try:
+        metadata.write_header_to_file(scratch)
+        metadata.write_kv_data_to_file()
+        metadata.write_ti_data_to_file()
+        metadata.close()
+        header = scratch.read_bytes()
+    finally:
+        metadata.close()
+        scratch.unlink(missing_ok=True)
+    return header.ljust(_padded(len(header), metadata.data_alignment), b"\0")
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _lay_out(header: bytes, plan: TensorPlan, alignment: int) -> dict[str, Region]:
+    """Places header and tensors one after the other, each with the padding that follows it."""
+    regions = {_HEADER: Region(0, len(header))}
+    end = len(header)
+    for tensor in plan.tensors:
+        regions[tensor.name] = Region(end, _padded(tensor.nbytes, alignment))
+        end = regions[tensor.name].end
+    return regions
+
+
+def _write_whole(data: DataFile, region: Region, content: Array) -> None:
+    data.write(region.offset, content)
+    data.complete(region.offset, region.end)
+
+
+@dataclass
+class _Work:
+    """What the jobs of one file share: source, progress, buffers and findings."""
+
+    checkpoint: Checkpoint
+    progress: Progress
+    importance: Mapping[str, npt.NDArray[np.float32]]
+    not_finite: set[str] = field(default_factory=set)
+    overflowing: set[str] = field(default_factory=set)
+    _local: threading.local = field(default_factory=threading.local)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def buffer(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An uninitialised array in memory that this thread reuses for every job."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        buffers: dict[str, Array] = self._local.__dict__
+        if use not in buffers or buffers[use].nbytes < size:
+            buffers[use] = np.empty(size, np.uint8)
+        return buffers[use][:size].view(dtype).reshape(shape)
+
+    def read(self, weight: Weight, start: int, stop: int) -> Array:
+        """Rows `[start, stop)` of a weight `[n, K]`, in the checkpoint's own dtype."""
+        dtype = numpy_dtype(self.checkpoint.tensors[weight.source].dtype)
+        out = self.buffer("source", (stop - start, weight.shape[1]), dtype)
+        if weight.is_vector:
+            self.checkpoint.read_rows(weight.source, 0, weight.shape[1], out[0])
+        else:
+            self.checkpoint.read_rows(weight.source, start, stop, out)
+        return out
+
+    def note(self, weight: Weight, *, finite: bool, overflows: bool) -> None:
+        """Remembers a tensor that cannot be written."""
+        with self._lock:
+            if not finite:
+                self.not_finite.add(weight.source)
+            elif overflows:
+                self.overflowing.add(f"{weight.source} ({weight.type})")
+
+    def raise_findings(self) -> None:
+        """Reports every tensor that cannot be written, in one error."""
+        where = str(self.checkpoint.path)
+        if self.not_finite:
+            raise CheckpointError(
+                f"NaN or Inf in {_listed(self.not_finite)}",
+                where=where,
+                remedy="the checkpoint is damaged or diverged in training: get or make it again",
+            )
+        if self.overflowing:
+            raise StageError(
+                f"outside the range of the fp16 that its type stores: {_listed(self.overflowing)}",
+                where=where,
+                remedy="use file_type BF16 or F32, or an override for these tensors",
+            )
+
+
+def _listed(names: set[str], most: int = 10) -> str:
+    shown = ", ".join(sorted(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows `[start, stop)` of one weight, to be computed and written by one thread."""
+
+    weight: Weight
+    start: int
+    stop: int
+    offset: int
+    source_bytes: int
+
+    def run(self, work: _Work, data: DataFile) -> None:
+        weight = self.weight
+        source = work.read(weight, self.start, self.stop)
+        row_bytes = ggml.row_nbytes(weight.type, weight.shape[1])
+        out = work.buffer("out", (len(source), row_bytes), np.dtype(np.uint8))
+        if weight.type in FLOAT_TYPES:
+            scan = floats.cast_rows(source, out.view(_FLOAT_DTYPES[weight.type]))
+            finite = scan.finite
+            overflows = weight.type == "F16" and scan.max_abs >= floats.F16_OVERFLOW
+        else:
+            finite = ggml.quantize_rows(source, weight.type, out, work.importance.get(weight.name))
+            overflows = _has_infinite_scale(out, weight.type)
+        if not finite or overflows:
+            work.note(weight, finite=finite, overflows=overflows)
+        data.write(self.offset, out)
+        data.complete(self.offset, self.offset + out.nbytes)
+        work.progress.advance(self.source_bytes, weight.source)
+
+
+def _has_infinite_scale(blocks: Array, type_name: str) -> bool:
+    """Whether a block's scale overflowed, as llama-quantize checks what it wrote."""
+    rows = blocks.reshape(-1, ggml.TYPES[type_name].block_bytes)
+    for offset in _SCALES[type_name]:
+        scales = rows[:, offset : offset + 2].view("<u2")
+        if bool(((scales & _F16_EXPONENT) == _F16_EXPONENT).any()):
+            return True
+    return False
+
+
+def _jobs(
+    plan: TensorPlan, checkpoint: Checkpoint, regions: Mapping[str, Region]
+) -> Iterator[_Job]:
+    """Jobs in the order of the file, so that its digest can follow closely."""
+    for weight in plan.weights:
+        rows, columns = weight.shape
+        item_bytes = numpy_dtype(checkpoint.tensors[weight.source].dtype).itemsize
+        source_bytes = columns * item_bytes
+        pieces = -(-rows * source_bytes // CHUNK_BYTES)
+        step = -(-rows // min(pieces, rows))
+        row_bytes = ggml.row_nbytes(weight.type, columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            offset = regions[weight.name].offset + start * row_bytes
+            yield _Job(weight, start, stop, offset, (stop - start) * source_bytes)
+
+
+def _run(jobs: list[_Job], work: _Work, data: DataFile, threads: int) -> None:
+    """Runs the jobs on a thread pool; the first failure cancels what has not begun."""
+    pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="phiconv-write")
+    try:
+        futures = [pool.submit(job.run, work, data) for job in jobs]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
