@@ -163,9 +163,12 @@ def expected_sqnr_db(part: WeightPart, weight: StoredWeight, checkpoint: Checkpo
     """
     import numpy as np
 
-    step = max(1, len(part) // _SAMPLE_ROWS)
-    rows = checkpoint_rows(part, checkpoint, 0, len(part))[::step]
-    rows = np.ascontiguousarray(rows)
+    if len(weight.shape) == 1:
+        rows = checkpoint_rows(part, checkpoint, 0, len(part))
+    else:
+        step = max(1, len(part) // _SAMPLE_ROWS)
+        picked = range(0, len(part), step)
+        rows = np.concatenate([checkpoint_rows(part, checkpoint, i, i + 1) for i in picked])
     if weight.format.quantized:
         if not _is_written_by_phiconv(weight.format):
             return 6.02 * weight.format.bits - 3

@@ -79,7 +79,7 @@ def _own_changed(found: NDArray[np.float32], own: NDArray[np.float32]) -> str | 
     if abs(cosine) > _EQUAL:
         factor = float((sample * own[picked]).sum() / np.square(own[picked]).sum())
         if abs(factor - 1) > _FACTOR:
-            return f"is the right weight times {factor:.3g}"
+            return f"is the right weight times {factor:.2g}"
         return "is the right weight, inexactly"
     if found.shape[0] == found.shape[1] and _mean_cosine(sample, own.T[picked]) > _EQUAL:
         return "is the right weight transposed"
@@ -107,7 +107,7 @@ def _norm_origin(part: WeightPart, weight: StoredWeight, checkpoint: Checkpoint)
     own = checkpoint_rows(part, checkpoint, 0, len(part))
     factor = float((found * own).sum() / np.square(own).sum())
     if np.linalg.norm(found - factor * own) < _EQUAL_NORM * np.linalg.norm(found):
-        return Origin(f"is the right weight times {factor:.3g}")
+        return Origin(f"is the right weight times {factor:.2g}")
     return Origin("equals no norm's weight in the checkpoint")
 
 

@@ -130,9 +130,9 @@ def _law(found: RotaryCache, config: ModelConfig, dtype: str) -> str | None:
         expected = _frequencies(config.rope_theta, factor)
         ratio = frequencies / expected
         if np.abs(ratio - 1).max() < _FIT and abs(scale / wanted_scale - 1) > _FIT:
-            return f"it is scaled by {scale:.4g}, expected {wanted_scale:.4g}"
+            return f"it is scaled by {scale:.3g}, expected {wanted_scale:.3g}"
         if np.abs(ratio / ratio[0] - 1).max() < _FIT and abs(ratio[0] - 1) > _FIT:
-            return f"its positions are multiplied by {ratio[0]:.4g}"
+            return f"its positions are multiplied by {ratio[0]:.3g}"
         theta = _theta(frequencies * factor)
         if theta is not None and abs(theta / config.rope_theta - 1) > _FIT:
             return f"it follows rope_theta {theta:.4g}, the checkpoint has {config.rope_theta:.6g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from phiconv.diagnosis.ladder import GRAPH
+from phiconv.diagnosis.ladder import ACTIVATIONS, GRAPH, PROVIDER
 from phiconv.diagnosis.results import (
     Fault,
     Finding,
@@ -54,11 +54,17 @@ def find_faults(evidence: Evidence) -> tuple[Fault, ...]:
     A wrong step that a finding explains is evidence for that finding, and a block whose error
     nothing else explains is a fault of its own.
     """
-    faults = [*_findings(evidence.findings), *_tensors(evidence)]
-    faults = _with_operators(faults, evidence.operators)
-    faults += _unexplained_blocks(faults, evidence)
     entry = entry_rung(evidence.rungs)
+    faults = [*_findings(evidence.findings), *_tensors(evidence)]
+    faults = _with_operators(faults, evidence.operators, _running_stage(entry))
+    faults += _unexplained_blocks(faults, evidence)
     return tuple(sorted(faults, key=lambda fault: entry is None or fault.stage != entry.stage))
+
+
+def _running_stage(entry: Rung | None) -> str:
+    """Where a wrong step belongs that no finding explains: to the graph, or to what runs it."""
+    running = (ACTIVATIONS, PROVIDER)
+    return entry.stage if entry is not None and entry.stage in running else GRAPH
 
 
 def entry_rung(rungs: Sequence[Rung]) -> Rung | None:
@@ -100,16 +106,18 @@ def verdict(evidence: Evidence, faults: Sequence[Fault]) -> str:
     last, entry = evidence.rungs[-1], entry_rung(evidence.rungs)
     failed = failed_gates(last)
     measured = "" if last.kl_mean is None else f"mean KL {last.kl_mean:.3g}"
+    stage = "" if entry is None else f", most of it from stage '{entry.stage}'"
     if faults:
         first = faults[0]
         where = f"at stage '{first.stage}', {first.place} ({first.message})"
         more = {1: "", 2: "; one more fault is listed"}.get(
             len(faults), f"; {len(faults) - 1} more faults are listed"
         )
-        if failed:
+        if not failed:
+            return f"a fault {where}, though these tokens hardly show it ({measured}){more}"
+        if entry is None or entry.stage == first.stage:
             return f"the error enters {where}{more}"
-        return f"a fault {where}, though these tokens hardly show it ({measured}){more}"
-    stage = "" if entry is None else f", most of it from stage '{entry.stage}'"
+        return f"a fault {where}, but {'; '.join(failed)}{stage}{more}"
     if not failed:
         return f"no fault found: {measured}{stage}"
     formats = {tensor.format for tensor in evidence.tensors if "block" in tensor.format}
@@ -162,7 +170,9 @@ def _tensor_message(tensor: TensorError) -> str:
     return f"{figures}; {tensor.detail}" if tensor.detail else figures
 
 
-def _with_operators(faults: list[Fault], operators: Sequence[OperatorError]) -> list[Fault]:
+def _with_operators(
+    faults: list[Fault], operators: Sequence[OperatorError], stage: str
+) -> list[Fault]:
     """Adds wrong steps: to the fault that explains them, else as faults of their own."""
     faults = list(faults)
     own: dict[tuple[str, bool], list[OperatorError]] = {}
@@ -182,7 +192,7 @@ def _with_operators(faults: list[Fault], operators: Sequence[OperatorError]) -> 
             own.setdefault((component, operator.relative_error is None), []).append(operator)
     for (component, _), found in own.items():
         layers = tuple(operator.layer for operator in found if operator.layer is not None)
-        faults.append(Fault(GRAPH, component, layers, _operator_message(found)))
+        faults.append(Fault(stage, component, layers, _operator_message(found)))
     return faults
 
 
