@@ -82,8 +82,8 @@ def _problem(
 def unknown_metric(name: str) -> tuple[str, str]:
     """What is wrong with a name that no metric has, and a remedy that names the nearest one."""
     near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown metric {name!r}", f"{hint}metrics: {', '.join(METRICS)}"
+    remedy = f"did you mean {near[0]!r}?" if near else f"metrics: {', '.join(METRICS)}"
+    return f"unknown metric {name!r}", remedy
 
 
 def judge(measurement: Measurement, gates: Limits) -> tuple[GateResult, ...]:

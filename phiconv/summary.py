@@ -10,6 +10,7 @@ from phiconv.units import seconds_text, size_text
 
 if TYPE_CHECKING:
     from phiconv.batch import Outcome
+    from phiconv.compare import Comparison, Pair
     from phiconv.doctor import Finding
     from phiconv.inspect import CheckpointSummary, OnnxSummary
     from phiconv.plan import Plan
@@ -131,6 +132,60 @@ def _figures(built: Built) -> list[str]:
         f"  report: {built.report}",
         f"  {', '.join(figures)}",
     ]
+
+
+def comparison_lines(comparison: Comparison) -> list[tuple[str, str | None]]:
+    """A comparison as lines and the colour of each, the verdict last."""
+    lines: list[tuple[str, str | None]] = []
+    for pair in comparison.pairs:
+        sides = ((comparison.baseline, pair.baseline), (comparison.candidate, pair.candidate))
+        heads = [
+            (
+                name,
+                side.result.recipe,
+                size_text(side.result.size_bytes),
+                f"{validation.stage} {validation.verdict}",
+                f"{validation.measurement.provenance.runtime} "
+                f"{validation.measurement.provenance.runtime_version}",
+            )
+            for name, (side, validation) in zip(("baseline", "candidate"), sides, strict=True)
+        ]
+        lines += [(line, None) for line in table(heads, "")]
+        source = comparison.baseline.result.checkpoint.source
+        lines.append((f"on {pair.candidate.measurement.tokens}, reference {source}", None))
+        lines += [(line, None) for line in table(_comparison_rows(pair))]
+    lines += [(f"not compared: {line}", "yellow") for line in comparison.not_run]
+    lines += [(line, "red") for line in comparison.failures]
+    gates = sum(pair.regression_gates + len(pair.gates) for pair in comparison.pairs)
+    if comparison.failures:
+        lines.append(("worse than the baseline by more than allowed", "red"))
+    elif comparison.pairs:
+        lines.append((f"no worse than the baseline: {gates} gates passed", "green"))
+    return lines
+
+
+def _comparison_rows(pair: Pair) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [
+        ("metric", "baseline", "candidate", "difference", "+- at most", "may worsen by", "")
+    ]
+    for row in pair.rows:
+        figures = [_or_dash(value) for value in (row.baseline, row.candidate)]
+        difference = "-" if row.difference is None else f"{row.difference:+.4g}"
+        rows.append(
+            (
+                row.metric,
+                *figures,
+                "0" if row.difference == 0 else difference,
+                "" if row.standard_error is None else f"{row.standard_error:.2g}",
+                "" if row.allowed is None else f"{row.allowed:.4g}",
+                row.state,
+            )
+        )
+    return rows
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
 
 
 def entries_text(entries: Iterable[Entry], now: float) -> str:

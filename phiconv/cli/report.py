@@ -1,0 +1,76 @@
+"""Commands that read reports: `phiconv compare` and `phiconv index`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phiconv.cli.options import json_option, print_json, verbose_option
+from phiconv.cli.outcomes import print_lines
+
+
+@click.command()
+@click.argument("baseline", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.option(
+    "--max-regression",
+    "regressions",
+    multiple=True,
+    metavar="METRIC=V",
+    help="How much worse than the baseline a metric may be: 0.002, or 10% of the baseline. "
+    "Repeatable. [default: kl_divergence.mean by 10% or 0.0001, whichever is more, top1_agreement "
+    "and perplexity.ratio by 0.01, and no more faults found by checks]",
+)
+@click.option(
+    "--gates",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file that maps metrics to max_regression, instead of the defaults, and to min and "
+    "max for the candidate alone.",
+)
+@json_option
+@verbose_option
+def compare(
+    baseline: Path,
+    candidate: Path,
+    regressions: tuple[str, ...],
+    gates: Path | None,
+    as_json: bool,
+) -> int:
+    """Show whether an artifact is worse than another.
+
+    BASELINE and CANDIDATE are report.json files, folders with one, or output folders of `phiconv
+    build` and `phiconv validate`; the baseline is such as the last release. Both must have been
+    measured on the same tokens against the same reference.
+    """
+    from dataclasses import asdict
+
+    from phiconv.compare import compare as compare_reports
+    from phiconv.compare import open_report, regression_gates
+    from phiconv.summary import comparison_lines
+
+    allowances, limits = regression_gates(gates, regressions)
+    found = compare_reports(open_report(baseline), open_report(candidate), allowances, limits)
+    if as_json:
+        print_json(
+            {
+                "baseline": str(found.baseline.file),
+                "candidate": str(found.candidate.file),
+                "pairs": [
+                    {
+                        "stages": [pair.baseline.stage, pair.candidate.stage],
+                        "verdicts": [pair.baseline.verdict, pair.candidate.verdict],
+                        "tokens": asdict(pair.candidate.measurement.tokens),
+                        "metrics": [asdict(row) for row in pair.rows],
+                        "gates": [asdict(gate) for gate in pair.gates],
+                    }
+                    for pair in found.pairs
+                ],
+                "not_run": list(found.not_run),
+                "failures": found.failures,
+            }
+        )
+    else:
+        print_lines(comparison_lines(found))
+    return found.exit_code
