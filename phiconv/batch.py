@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phiconv.errors import EnvironmentLacksError, GateError, PhiconvError, Problems, RecipeError
+from phiconv.index import INDEX, check_page, write_index
 from phiconv.plan import Plan, make_plan
 from phiconv.preflight import preflight
 from phiconv.progress import Display
 from phiconv.publish import check_destination
 from phiconv.recipe import Overrides, Recipe, load
+from phiconv.report import REPORT_HTML
 from phiconv.run import Built, build, open_checkpoint
 from phiconv.stages.registry import STAGES
 from phiconv.stages.stage import Stage
@@ -146,6 +148,8 @@ def build_all(
 ) -> list[Outcome]:
     """Builds recipes one after the other; one that fails does not stop the next.
 
+    Several get an index page beside their folders.
+
     Args:
         recipes: What to build.
         workspace: Where artifacts are found and kept.
@@ -161,6 +165,9 @@ def build_all(
     folders = output_folders(recipes, out)
     for folder in folders.values():
         check_destination(folder)
+    page = (out or DIST) / INDEX if len(recipes) > 1 else None
+    if page is not None:
+        check_page(page)
     outcomes: list[Outcome] = []
     with open_session(workspace) as session:
         plans = make_plans(recipes, workspace, display, registry, rebuild=rebuild, download=True)
@@ -175,4 +182,7 @@ def build_all(
                 outcomes.append(Outcome(plan.recipe, None, error))
             else:
                 outcomes.append(Outcome(plan.recipe, built, None))
+    done = [outcome.built for outcome in outcomes if outcome.built]
+    if page is not None and done:
+        write_index(page, {built.report / REPORT_HTML: built.result for built in done})
     return outcomes

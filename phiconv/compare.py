@@ -172,9 +172,9 @@ def open_report(path: Path) -> Side:
 
     Raises:
         RecipeError: There is none.
-        StageError: It is not a report of this schema version.
+        StageError: It cannot be read, or is not a report of this schema version.
     """
-    from phiconv.report.document import read_report
+    from phiconv.report.document import read_report_file
 
     places = [path, path / REPORT_JSON, path / REPORT / REPORT_JSON]
     if path.name == ARTIFACT:
@@ -186,11 +186,7 @@ def open_report(path: Path) -> Side:
             remedy="give a report.json, or the output folder of `phiconv build` or "
             "`phiconv validate ARTIFACT --reference MODEL`",
         )
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the report cannot be read: {error}", where=str(file)) from error
-    return Side(file, read_report(text, str(file)))
+    return Side(file, read_report_file(file))
 
 
 def regression_gates(

@@ -18,11 +18,11 @@ from phiconv.cli.boundary import Settings, boundary, terminate
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
 from phiconv.cli.recipes import build, plan
-from phiconv.cli.report import compare
+from phiconv.cli.report import compare, index
 from phiconv.cli.validation import validate
 from phiconv.cli.workspace import cache
 
-COMMANDS = (build, plan, validate, compare, inspect, schema, doctor, cache)
+COMMANDS = (build, plan, validate, compare, index, inspect, schema, doctor, cache)
 
 _EXIT_CODES = """\b
 Exit codes:

@@ -74,3 +74,32 @@ def compare(
     else:
         print_lines(comparison_lines(found))
     return found.exit_code
+
+
+@click.command()
+@click.argument(
+    "places",
+    nargs=-1,
+    required=True,
+    metavar="DIST...",
+    type=click.Path(path_type=Path),
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The page [default: index.html in the folder that holds all DIST].",
+)
+@verbose_option
+def index(places: tuple[Path, ...], out: Path | None) -> None:
+    """Write a page over several builds.
+
+    DIST are output folders of `phiconv build` and `phiconv validate`, or folders that hold such.
+    The page plots KL divergence against size and links to the reports.
+    """
+    from phiconv.index import default_page, find_reports, read_reports, write_index
+
+    results = read_reports(find_reports(places))
+    page = out or default_page(places)
+    write_index(page, results)
+    click.echo(f"{page}: {len(results)} report{'' if len(results) == 1 else 's'}")

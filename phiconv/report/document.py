@@ -73,6 +73,19 @@ def read_report(text: str, where: str) -> RunResult:
     return _parse(ReportDocument, text, where, "report").result
 
 
+def read_report_file(file: Path) -> RunResult:
+    """The result that a file holds.
+
+    Raises:
+        StageError: It cannot be read, or is not a report of this schema version.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(f"the report cannot be read: {error}", where=str(file)) from error
+    return read_report(text, str(file))
+
+
 def report_schema() -> dict[str, Any]:
     """JSON schema of report.json, generated from the types."""
     from pydantic import TypeAdapter

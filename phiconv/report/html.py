@@ -46,6 +46,7 @@ def report_html(result: RunResult) -> str:
         plots={validation.stage: _plots(validation) for validation in result.validations},
         weight_bytes=max((kind.size_bytes for kind in result.tensor_kinds), default=0),
         longest_s=max((stage.wall_s or 0 for stage in result.stages), default=0),
+        accuracy=text.accuracy,
         failures=text.failures,
         title=lambda name: METRICS[name].title if name in METRICS else name,
         unit=lambda name: METRICS[name].unit if name in METRICS else "",
@@ -61,14 +62,14 @@ def index_html(results: Mapping[str, RunResult]) -> str:
         results: The link to a build's report.html, relative to the page, and its result.
     """
     rows = [_row(link, result) for link, result in results.items()]
-    points = {
-        str(number): (row.result.size_bytes, row.kl_divergence)
-        for number, row in enumerate(rows, 1)
-        if row.kl_divergence
-    }
+    places: dict[tuple[int, float], list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        if row.kl_divergence:
+            place = (row.result.size_bytes, float(f"{row.kl_divergence:.3g}"))
+            places.setdefault(place, []).append(str(number))
     plot = None
-    if points:
-        svg = Markup(kl_by_size_svg(points))
+    if places:
+        svg = Markup(kl_by_size_svg({", ".join(names): at for at, names in places.items()}))
         plot = Plot(svg, "Smaller and nearer the reference is better; the numbers are the rows'")
     return _render("index.html.j2", rows=rows, plot=plot, headline=text.headline)
 

@@ -47,10 +47,9 @@ def _check(check: Check) -> str:
 
 
 def _metrics(validation: Validation) -> list[str]:
-    """The gated metrics, then the others; what is counted stands with the checks."""
+    """The gated metrics, then the others."""
     gates = [gate for gate in validation.gates if not gate.built_in]
     shown = {gate.metric for gate in gates}
-    counted = {name for check in validation.measurement.checks for name in check.metrics}
     rows: list[Sequence[str]] = [
         (
             METRICS[gate.metric].title,
@@ -62,8 +61,8 @@ def _metrics(validation: Validation) -> list[str]:
     ]
     rows += [
         (METRICS[name].title if name in METRICS else name, text.number(value), "", "")
-        for name, value in validation.measurement.metrics.items()
-        if name not in shown | counted
+        for name, value in text.accuracy(validation.measurement).items()
+        if name not in shown
     ]
     return _table(("metric", "measured", "gate", ""), rows)
 

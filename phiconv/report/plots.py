@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _COLOURS = {"#010203": "--ink", "#040506": "--faint", "#070809": "--accent", "#0a0b0c": "--second"}
 _INK, _FAINT, _ACCENT, _SECOND = _COLOURS
 
+# A logarithmic axis over less than this factor would have no two ticks at 1, 2 or 5.
+_LEAST_RANGE = 5.0
 # Drawn at the width of a phone, so that text keeps its size there; wider pages put two in a row.
 _INCHES = (4.7, 2.7)
 _STYLE: dict[str, Any] = {
@@ -116,7 +119,7 @@ def kl_by_size_svg(points: Mapping[str, tuple[int, float]]) -> str:
         axes.scatter(sizes, divergences, color=_ACCENT, s=28)
         axes.set_yscale("log")
         axes.margins(0.12, 0.15)
-        _logarithmic_ticks(axes.yaxis, min(divergences), max(divergences))
+        _logarithmic_ticks(axes.yaxis, min(divergences) / 1.3, max(divergences) * 1.3)
         axes.set_xlabel("size, MB")
         axes.set_ylabel("mean KL divergence, nats")
         for label, at in zip(points, zip(sizes, divergences, strict=True), strict=True):
@@ -132,6 +135,11 @@ def _logarithmic_ticks(axis: Axis, least: float, greatest: float) -> None:
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    if greatest < _LEAST_RANGE * least:
+        middle, half = math.sqrt(least * greatest), math.sqrt(_LEAST_RANGE)
+        horizontal = axis is axis.axes.xaxis
+        limit = axis.axes.set_xlim if horizontal else axis.axes.set_ylim
+        limit(middle / half, middle * half)
     narrow = greatest < 100 * least
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=8))
     axis.set_major_formatter(FuncFormatter(_tick))

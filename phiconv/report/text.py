@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from phiconv.report.results import CheckState, RunResult, Status, Validation
+from phiconv.report.results import CheckState, Measurement, RunResult, Status, Validation
 from phiconv.units import seconds_text, size_text
 
 STATUS_WORDS: dict[Status, str] = {
@@ -67,6 +67,12 @@ def headline(result: RunResult) -> str:
     if not verdicts:
         return "built, not validated"
     return worst[0] if len(set(worst)) == 1 else STATUS_WORDS[result.status]
+
+
+def accuracy(measurement: Measurement) -> dict[str, float | None]:
+    """The metrics but for those that count what a check found, which stands with the checks."""
+    counted = {name for check in measurement.checks for name in check.metrics}
+    return {name: value for name, value in measurement.metrics.items() if name not in counted}
 
 
 def failures(validation: Validation) -> list[str]:

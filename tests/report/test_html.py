@@ -102,6 +102,7 @@ def test_checks_stand_in_the_page_with_what_they_found() -> None:
             "genai_config not checked onnxruntime-genai cannot be imported",
         ):
             assert line in words, line
+        assert "Nodes the target does not serve" not in words, "it stands with the checks"
 
 
 def test_a_build_without_validation_has_a_page_too() -> None:
@@ -171,6 +172,14 @@ def test_the_index_links_every_report_and_plots_kl_against_size() -> None:
     assert page.tags.count("svg") == 1
     assert page.tags.count("tr") == 4
     assert "mean KL divergence, nats</text>" in text
+
+
+def test_what_lies_at_one_point_shares_a_label() -> None:
+    one = result(validation("check", measured()))
+    text = index_html({f"{name}/report.html": one for name in "abc"})
+    assert ">1, 2, 3</text>" in text
+    ticks = set(re.findall(r">(\de-\d)</text>", text))
+    assert len(ticks) >= 2, "a narrow range still has ticks that differ"
 
 
 def test_an_index_of_nothing_measured_has_no_plot() -> None:
