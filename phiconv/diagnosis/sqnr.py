@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # GPTQ, which rounds with an eye on the output, is up to about 3 dB noisier than plain rounding.
 MARGIN_DB = 6.0
-# Floats: bf16 has about 50 dB, and anything that good came from the right weight.
+# Floats: bf16 has about 56 dB, and anything that good came from the right weight.
 FLOAT_DB = 40.0
 # Below this a weight has nothing to do with the checkpoint's.
 WRONG_DB = 3.0
@@ -122,8 +122,9 @@ def _worst(errors: BlockErrors) -> str:
     if errors.worst is None or not errors.bad_blocks:
         return ""
     row, first, last = errors.worst
+    verb = "is" if errors.bad_blocks == 1 else "are"
     return (
-        f"{errors.bad_blocks} of {errors.blocks} blocks are wrong, "
+        f"{errors.bad_blocks} of {errors.blocks} blocks {verb} wrong, "
         f"the worst in row {row}, columns {first} to {last}"
     )
 

@@ -116,7 +116,7 @@ def pack_gate_up(model: ir.Model) -> None:
     for layer in range(2):
         prefix = f"/model/layers.{layer}/mlp"
         gate, up = (node(model, f"{prefix}/{name}_proj/MatMul") for name in ("gate", "up"))
-        weights = [n.inputs[1].const_value.numpy() for n in (gate, up)]  # type: ignore[union-attr]
+        weights = [n.inputs[1].const_value.numpy() for n in (gate, up)]
         packed = constant(model, f"{prefix}/gate_up", np.concatenate(weights, axis=1))
         product = ir.node("MatMul", [gate.inputs[0], packed], name=f"{prefix}/gate_up/MatMul")
         product.outputs[0].name = f"{prefix}/gate_up/output"

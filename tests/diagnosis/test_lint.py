@@ -56,7 +56,7 @@ def attribute(name: str, value: int | float, *, layers: tuple[int, ...] = (1,)) 
         make = ir.AttrInt64 if isinstance(value, int) else ir.AttrFloat32
         for layer in layers:
             attention = node(model, f"/model/layers.{layer}/attn/GroupQueryAttention")
-            attention.attributes[name] = make(name, value)  # type: ignore[operator]
+            attention.attributes[name] = make(name, value)
 
     return edit
 

@@ -99,7 +99,7 @@ def test_corrupt_scale_of_one_block(int4: Path, tmp_path: Path) -> None:
     assert caught_by_gate(diagnosis)
     assert named(diagnosis) == [("mlp.down_proj", (2,))]
     assert "stage 'quantized weights', layer 2, mlp.down_proj (SQNR -" in diagnosis.verdict
-    assert "1 of 8192 blocks are wrong, the worst in row 17, columns 160 to 191" in (
+    assert "1 of 8192 blocks is wrong, the worst in row 17, columns 160 to 191" in (
         diagnosis.verdict
     )
 

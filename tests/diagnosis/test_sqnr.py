@@ -152,7 +152,7 @@ def infinite(rows: np.ndarray) -> np.ndarray:
         (
             scaled_block,
             "corrupt",
-            "1 of 512 blocks are wrong, the worst in row 7, columns 32 to 63",
+            "1 of 512 blocks is wrong, the worst in row 7, columns 32 to 63",
         ),
         (np.transpose, "wrong", "is the right weight transposed"),
         (np.negative, "wrong", "is the right weight times -1"),
