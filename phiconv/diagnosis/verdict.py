@@ -120,8 +120,8 @@ def verdict(evidence: Evidence, faults: Sequence[Fault]) -> str:
         return f"a fault {where}, but {'; '.join(failed)}{stage}{more}"
     if not failed:
         return f"no fault found: {measured}{stage}"
-    formats = {tensor.format for tensor in evidence.tensors if "block" in tensor.format}
-    explained = f", which is what {' and '.join(sorted(formats))} costs here" if formats else ""
+    formats = sorted({tensor.format for tensor in evidence.tensors if "block" in tensor.format})
+    explained = f", which is the cost of {' and '.join(formats)} here" if formats else ""
     return f"no fault found, but {'; '.join(failed)}{stage}{explained}"
 
 

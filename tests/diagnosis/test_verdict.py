@@ -155,7 +155,7 @@ def test_an_error_that_the_format_explains() -> None:
     found = evidence(rung("quantized weights", 0.3), rung("graph", 0.3))
     assert judged(found)[0] == (
         "no fault found, but Mean KL divergence 0.3, limit max 0.05, most of it from stage "
-        "'quantized weights', which is what int4 block 32 costs here"
+        "'quantized weights', which is the cost of int4 block 32 here"
     )
 
 
