@@ -104,6 +104,11 @@ def output_folders(recipes: Sequence[Recipe], out: Path | None) -> dict[str, Pat
     return {recipe.name: (out or DIST) / recipe.name for recipe in recipes}
 
 
+def index_page(recipes: Sequence[Recipe], out: Path | None) -> Path | None:
+    """Where the index of several builds goes, beside their folders; one build has none."""
+    return (out or DIST) / INDEX if len(recipes) > 1 else None
+
+
 def make_plans(
     recipes: Sequence[Recipe],
     workspace: Workspace,
@@ -165,7 +170,7 @@ def build_all(
     folders = output_folders(recipes, out)
     for folder in folders.values():
         check_destination(folder)
-    page = (out or DIST) / INDEX if len(recipes) > 1 else None
+    page = index_page(recipes, out)
     if page is not None:
         check_page(page)
     outcomes: list[Outcome] = []

@@ -23,6 +23,7 @@ BUILT_IN: Limits = {
     for name in (
         "placement.fallback",
         "kernels.unserved",
+        "graph.faults",
         "parity.tokenizer",
         "parity.template",
         "parity.genai_config",

@@ -51,7 +51,7 @@ def build(
     artifact/ (exactly what ships), report/ and manifest.json.
     """
     from phiconv import machine
-    from phiconv.batch import build_all, load_recipes, worst
+    from phiconv.batch import build_all, index_page, load_recipes, worst
     from phiconv.progress import make_display
     from phiconv.workspace import Workspace
 
@@ -70,6 +70,9 @@ def build(
     finally:
         display.close()
     print_outcomes(outcomes, quiet)
+    page = index_page(loaded, out)
+    if page is not None and not quiet and any(outcome.built for outcome in outcomes):
+        click.echo(f"index: {page}")
     return worst([outcome.exit_code for outcome in outcomes])
 
 

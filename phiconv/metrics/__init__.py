@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-Source = Literal["logits", "generation", "placement", "kernels", "parity"]
+Source = Literal["logits", "generation", "placement", "kernels", "graph", "parity"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Metric:
         unit: `nats`, `share` (of 1), the things that are counted, or empty.
         source: What it follows from: the `logits` of every position; the `generation` of a runtime
             that decodes (`onnxruntime-genai`); the `placement` of the nodes; the static check of
-            the `kernels`; the `parity` of tokenizer, template and genai_config.json.
+            the `kernels` or of the `graph`; the `parity` of tokenizer, template and
+            genai_config.json.
         function: How it is computed from logits or generation; None for counts.
         about: What a count counts.
     """
@@ -130,6 +131,12 @@ METRICS: dict[str, Metric] = {
         "kernels",
         "Nodes that the target provider cannot run, and MatMul and attention nodes that it leaves "
         "to the CPU, by the static check of its kernels.",
+    ),
+    "graph.faults": _count(
+        "Faults of the graph",
+        "faults",
+        "graph",
+        "Attributes, constants and connections of the graph that contradict config.json.",
     ),
     "parity.tokenizer": _count(
         "Tokenizer differences",

@@ -124,7 +124,7 @@ class Check:
     """Something that was looked at besides the logits.
 
     Attributes:
-        name: What: `kernels`, `placement`, `tokenizer`, `chat template`, `genai_config`.
+        name: What: `placement`, `kernels`, `graph`, `tokenizer`, `chat template`, `genai_config`.
         state: `errors` are counted by `metrics`, on which there are built-in gates; `not_checked`
             when something it takes is missing here.
         summary: What was looked at and what came of it, in a few words.

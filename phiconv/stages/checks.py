@@ -1,4 +1,4 @@
-"""What a validation looks at besides the logits: kernels, placement, tokenizer, template, config.
+"""What a validation looks at besides the logits: nodes, kernels, graph, tokenizer, config.
 
 Each check gives a `Check` for the reports and the counts that gates judge.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phiconv.errors import EnvironmentLacksError
+from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.report.results import Check, CheckState
 
 if TYPE_CHECKING:
@@ -47,8 +47,19 @@ def check_statically(
         StageError: The artifact holds no ONNX model.
         CheckpointError: The checkpoint's own tokenizer cannot be read.
     """
-    kernels, parity = check_kernels(folder, target), check_parity(folder, checkpoint, provider)
-    return Checked((*kernels.checks, *parity.checks), {**kernels.counts, **parity.counts})
+    return joined(
+        [
+            check_kernels(folder, target),
+            check_wiring(folder, checkpoint),
+            check_parity(folder, checkpoint, provider),
+        ]
+    )
+
+
+def joined(parts: Sequence[Checked]) -> Checked:
+    """Several in one."""
+    checks = tuple(check for part in parts for check in part.checks)
+    return Checked(checks, {name: count for part in parts for name, count in part.counts.items()})
 
 
 def check_kernels(folder: Path, target: str) -> Checked:
@@ -86,6 +97,77 @@ def _kernel_summary(grave: Sequence[KernelFinding], rest: Sequence[KernelFinding
     if on_cpu:
         return f"clean but for {_counted(on_cpu, 'small node')} left to the CPU"
     return "clean"
+
+
+def check_wiring(folder: Path, checkpoint: Checkpoint) -> Checked:
+    """Whether attributes, constants and connections of the graph are those of config.json."""
+    from phiconv.diagnosis.diagnose import lint_artifact
+
+    name, metric = "graph", "graph.faults"
+    try:
+        found = lint_artifact(folder, checkpoint.config)
+    except StageError as error:
+        return Checked((Check(name, "not_checked", f"cannot be read: {error.message}"),), {})
+    errors = [finding for finding in found if finding.severity == "error"]
+    warnings = [finding for finding in found if finding.severity == "warning"]
+    lines = [
+        f"{item.severity}: {item.check} of {item.component}{_layers(item.layers)}: {item.message}"
+        for item in (*errors, *warnings)
+    ]
+    counts = f"{_counted(len(errors), 'error')}, {_counted(len(warnings), 'warning')}"
+    check = Check(
+        name,
+        _state(errors, warnings),
+        counts if found else "agrees with config.json",
+        _listed(lines),
+        (metric,),
+    )
+    return Checked((check,), {metric: float(len(errors))})
+
+
+def _layers(layers: Sequence[int]) -> str:
+    if not layers:
+        return ""
+    noun = "layer" if len(layers) == 1 else "layers"
+    return f" in {noun} {', '.join(map(str, layers))}"
+
+
+def check_placement(provenance: Provenance) -> Checked:
+    """Whether MatMul and attention nodes were on the provider in use."""
+    strays, placement = provenance.strays, provenance.placement
+    where = ", ".join(
+        f"{_counted(sum(operators.values()), 'node')} on {provider}"
+        for provider, operators in placement.items()
+    )
+    if strays:
+        count = _counted(len(strays), "MatMul or attention node")
+        summary = f"{count} fell back from {provenance.provider}; {where}"
+    elif len(placement) > 1:
+        summary = f"{where}, none of these MatMul or attention"
+    else:
+        summary = where or f"every node on {provenance.provider}, the only provider"
+    metric = "placement.fallback"
+    check = Check("placement", _state(strays, ()), summary, _listed(strays), (metric,))
+    return Checked((check,), {metric: float(len(strays))})
+
+
+def check_parity(folder: Path, checkpoint: Checkpoint, provider: Provider) -> Checked:
+    """Tokenizer, chat template and genai_config.json against the checkpoint's.
+
+    Raises:
+        CheckpointError: The checkpoint's own tokenizer or generation config cannot be read.
+    """
+    from phiconv.parity.check import check_artifact
+
+    # an artifact for a GPU may well be measured on the CPU, too
+    builds_for = None if provider == "cpu" else provider
+    try:
+        report = check_artifact(folder, checkpoint, provider=builds_for)
+    except EnvironmentLacksError as error:
+        checks = tuple(Check(name, "not_checked", error.message) for name in _PARITY)
+        return Checked(checks, {})
+    checks = (_tokenizer(report), _template(report), _config(report))
+    return Checked(checks, report.metrics())
 
 
 def check_placement(provenance: Provenance) -> Checked:

@@ -98,7 +98,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX,)
     produces: ClassVar[str] = MEASUREMENT
@@ -192,17 +192,13 @@ def _with_checks(measurement: Measurement, static: Checked) -> Measurement:
     """The measurement with what was checked in it, the placement of its nodes included."""
     from dataclasses import replace
 
-    from phiconv.stages.checks import check_placement
+    from phiconv.stages.checks import check_placement, joined
 
-    found = [static]
+    found = static
     if measurement.status == "measured":
-        found.insert(0, check_placement(measurement.provenance))
-    counts = {name: value for item in found for name, value in item.counts.items()}
-    return replace(
-        measurement,
-        metrics={**measurement.metrics, **counts},
-        checks=tuple(check for item in found for check in item.checks),
-    )
+        found = joined([check_placement(measurement.provenance), static])
+    metrics = {**measurement.metrics, **found.counts}
+    return replace(measurement, metrics=metrics, checks=found.checks)
 
 
 def _measure(

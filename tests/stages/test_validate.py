@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from pydantic import ValidationError
 
@@ -220,7 +221,7 @@ class TestWithoutTheTargetProvider:
         )
         checks = {check.name: check for check in found.measurement.checks}
         assert list(checks) == [
-            "placement", "kernels", "tokenizer", "chat template", "genai_config"
+            "placement", "kernels", "graph", "tokenizer", "chat template", "genai_config"
         ]  # fmt: skip
         assert checks["kernels"].summary == "static CUDAExecutionProvider kernel check clean"
         assert checks["placement"].summary.endswith("nodes on CPUExecutionProvider")
@@ -242,7 +243,7 @@ class TestWithoutTheTargetProvider:
         assert found.verdict == "not run, target CUDAExecutionProvider not present"
         assert all(gate.built_in and gate.passed for gate in found.gates)
         assert set(found.measurement.metrics) == {
-            name for name, m in METRICS.items() if m.source in ("kernels", "parity")
+            name for name, m in METRICS.items() if m.source in ("kernels", "graph", "parity")
         }
         assert "placement" not in {check.name for check in found.measurement.checks}
 
@@ -295,6 +296,36 @@ def test_a_wrong_config_or_tokenizer_fails_by_a_built_in_gate(
         tmp_path / "again", onnx, gates={**gates, "parity.genai_config": {"max": 2}}
     )
     assert allowed.status == "passed"
+
+
+def test_a_wrong_constant_of_the_graph_fails_though_the_logits_hardly_change(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(workshop.onnx.path, tmp_path / "edited")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "SkipSimplifiedLayerNormalization")
+    (epsilon,) = [item for item in node.attribute if item.name == "epsilon"]
+    epsilon.f = 2 * epsilon.f
+    onnx.save(model, folder / "model.onnx")
+    gates = {"kl_divergence.mean": {"max": 1e-3}}
+    found = workshop.validate(tmp_path / "out", folder, gates=gates)
+    (line,) = [str(gate) for gate in found.gates if not gate.passed]
+    assert line.startswith("failed: graph.faults measured 1, limit max 0")
+    assert "epsilon" in line
+    assert "in layer 0" in line
+
+
+def test_a_graph_of_another_make_is_measured_without_its_lint(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(artifact: Path, config: object) -> None:
+        raise StageError("no decoder")
+
+    monkeypatch.setattr("phiconv.diagnosis.diagnose.lint_artifact", refuse)
+    found = workshop.validate(tmp_path / "out")
+    (check,) = [check for check in found.measurement.checks if check.name == "graph"]
+    assert (check.state, check.summary) == ("not_checked", "cannot be read: no decoder")
+    assert "graph.faults" not in found.measurement.metrics
 
 
 def test_without_genai_the_tokenizer_is_not_checked(
