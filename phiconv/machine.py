@@ -18,6 +18,11 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DML = "DmlExecutionProvider"
 
+LLAMA_CPP = "llama.cpp"
+LLAMA_CPP_BINDINGS = {"xllamacpp": "2026.10.11549", "llama-cpp-python": "0.3.36"}
+"""Bindings that carry llama.cpp, the preferred first, each with the one version whose structures
+`phiconv.runtimes.llama_cpp_library` describes."""
+
 _FLAVOURS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
     "onnxruntime-genai": (
@@ -70,6 +75,17 @@ def cuda_devices() -> int:
     except (OSError, AttributeError):
         return 0
     return count.value
+
+
+def llama_cpp_binding() -> tuple[str, str] | None:
+    """Name and version of the installed llama.cpp binding whose structures phiconv knows."""
+    for name, wanted in LLAMA_CPP_BINDINGS.items():
+        found = distribution(name)
+        # on Windows xllamacpp exports none of llama.cpp's functions
+        usable = name != "xllamacpp" or sys.platform != "win32"
+        if found is not None and found[1] == wanted and usable:
+            return found
+    return None
 
 
 def has_module(name: str) -> bool:

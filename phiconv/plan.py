@@ -25,6 +25,7 @@ from phiconv.stages.stage import (
     MEASUREMENT,
     Estimate,
     Estimating,
+    InputChecking,
     InputRef,
     Prerequisite,
     Prerequisites,
@@ -220,6 +221,10 @@ class _Planner:
             kind = self.steps[name].stage.produces
             needs_writer = writer_between(kind, use.stage, self._registry) is not None
             sources.append((self.written(name) if needs_writer else self.steps[name]).ref)
+        if isinstance(use.stage, InputChecking):
+            for error in use.stage.check_inputs(use.params, [source.kind for source in sources]):
+                error.where = f"{use.place} ({error.where})" if error.where else use.place
+                raise error
         if isinstance(use.stage, Prerequisites):
             needed = use.stage.prerequisites(use.params)
             sources += [self._prerequisite(item, use).ref for item in needed]
@@ -327,6 +332,8 @@ def is_present(requirement: Requirement) -> bool:
     """Whether this machine has what a stage requires."""
     if requirement.kind == "provider":
         return requirement.name in machine.providers()
+    if requirement.kind == "binding":
+        return machine.llama_cpp_binding() is not None
     return machine.has_module(requirement.name)
 
 

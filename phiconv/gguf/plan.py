@@ -107,7 +107,7 @@ def plan_tensors(checkpoint: Checkpoint, choice: TypeChoice) -> TensorPlan:
     if checkpoint.lm_head == LM_HEAD:
         # a tied checkpoint may hold a head of its own nevertheless, which transformers then uses
         shapes[LM_HEAD] = shapes[EMBEDDING]
-    sources = {gguf: source for source, gguf in _gguf_names(shapes, config).items()}
+    sources = {gguf: source for source, gguf in gguf_names(shapes, config).items()}
     by_layer = sorted(sources, key=_place)
     columns = {
         name: shapes[sources[name]][1] for name in by_layer if len(shapes[sources[name]]) == 2
@@ -135,7 +135,7 @@ def _weight(
     )
 
 
-def _gguf_names(tensors: Iterable[str], config: ModelConfig) -> dict[str, str]:
+def gguf_names(tensors: Iterable[str], config: ModelConfig) -> dict[str, str]:
     """GGUF name of each checkpoint tensor, by gguf's own map for the architecture."""
     import gguf
 

@@ -55,6 +55,14 @@ class HuggingFaceTokenizer:
         return bool(self._tokenizer.chat_template)
 
     @property
+    def chat_template(self) -> str:
+        """The template that is used by default; empty without one."""
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return str(template or "")
+
+    @property
     def special_token_ids(self) -> Mapping[str, int | None]:
         """`bos`, `eos` and `pad`, of those that the tokenizer has."""
         return {

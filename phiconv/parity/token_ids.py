@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from phiconv.parity.golden import conversations
+from phiconv.parity.hugging_face import HuggingFaceTokenizer
 from phiconv.parity.results import Finding
 from phiconv.parity.subject import GENERATION_CONFIG, TOKENIZER, Subject
 
@@ -68,16 +69,16 @@ def control_token_findings(subject: Subject) -> Iterator[Finding]:
             yield Finding("warning", what, "special: true", "special: false", remedy)
 
 
-def turn_end_id(subject: Subject) -> int | None:
+def turn_end_id(reference: HuggingFaceTokenizer) -> int | None:
     """The added token that the chat template writes after an assistant's answer, if it does."""
-    if not subject.reference.has_chat_template:
+    if not reference.has_chat_template:
         return None
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-    text = subject.reference.render(turns, False)
+    text = reference.render(turns, False)
     if text is None or _ANSWER not in text:
         return None
-    added = {token["id"] for token in _added(subject.reference.document)}
-    after = subject.reference.encode([text.rpartition(_ANSWER)[2]])[0]
+    added = {token["id"] for token in _added(reference.document)}
+    after = reference.encode([text.rpartition(_ANSWER)[2]])[0]
     return next((token for token in after if token in added), None)
 
 
@@ -124,7 +125,7 @@ def _required_eos(subject: Subject) -> dict[int, str]:
         required = dict.fromkeys(
             subject.checkpoint.config.eos_token_ids, "ends generation by config.json"
         )
-    end = turn_end_id(subject)
+    end = turn_end_id(subject.reference)
     if end is not None:
         required.setdefault(end, "ends a turn of the chat template")
     return required

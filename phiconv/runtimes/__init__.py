@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from phiconv.checkpoint import Checkpoint
+
 
 @dataclass(frozen=True)
 class ArtifactFolder:
@@ -27,10 +29,12 @@ class ArtifactFolder:
     Attributes:
         path: Folder of the artifact.
         head_size: Width of an attention head, for graphs that do not state it themselves.
+        checkpoint: What it was made from, for a stand-in that runs only its weights.
     """
 
     path: Path
     head_size: int | None = None
+    checkpoint: Checkpoint | None = None
 
 
 class Runtime(Protocol):
@@ -82,7 +86,16 @@ def _open_genai(folder: ArtifactFolder, choice: ProviderChoice, threads: int) ->
     return GenAIModel(folder, choice, threads)
 
 
+def _open_llama_cpp(folder: ArtifactFolder, choice: ProviderChoice, threads: int) -> Runtime:
+    from phiconv.runtimes.dequantized import DequantizedWeights
+    from phiconv.runtimes.llama_cpp import LlamaCppModel
+
+    opener = LlamaCppModel if choice.provider == choice.target else DequantizedWeights
+    return opener(folder, choice, threads)
+
+
 RUNTIMES: dict[str, Opener] = {
     "onnxruntime": _open_onnxruntime,
     "onnxruntime-genai": _open_genai,
+    "llama.cpp": _open_llama_cpp,
 }

@@ -37,6 +37,26 @@ class ProviderChoice:
     provider: str | None
 
 
+DEQUANTIZED = "dequantized weights in PyTorch"
+"""What stands in for llama.cpp where it is not installed: it measures weights, not the runtime."""
+
+
+def choose_llama_cpp(when_missing: WhenMissing) -> ProviderChoice:
+    """Decides what a GGUF artifact is measured with; `fallback-cpu` means its weights in PyTorch.
+
+    Raises:
+        EnvironmentLacksError: llama.cpp is missing and required.
+    """
+    if machine.llama_cpp_binding() is not None:
+        return ProviderChoice(machine.LLAMA_CPP, machine.LLAMA_CPP)
+    if when_missing == "require":
+        from phiconv.runtimes.llama_cpp_library import open_library
+
+        open_library()  # says what is missing
+    standing_in = DEQUANTIZED if when_missing == "fallback-cpu" else None
+    return ProviderChoice(machine.LLAMA_CPP, standing_in)
+
+
 def choose(provider: Provider, when_missing: WhenMissing) -> ProviderChoice:
     """Decides where a validation runs.
 

@@ -170,42 +170,23 @@ def check_parity(folder: Path, checkpoint: Checkpoint, provider: Provider) -> Ch
     return Checked(checks, report.metrics())
 
 
-def check_placement(provenance: Provenance) -> Checked:
-    """Whether MatMul and attention nodes were on the provider in use."""
-    strays, placement = provenance.strays, provenance.placement
-    where = ", ".join(
-        f"{_counted(sum(operators.values()), 'node')} on {provider}"
-        for provider, operators in placement.items()
-    )
-    if strays:
-        count = _counted(len(strays), "MatMul or attention node")
-        summary = f"{count} fell back from {provenance.provider}; {where}"
-    elif len(placement) > 1:
-        summary = f"{where}, none of these MatMul or attention"
-    else:
-        summary = where or f"every node on {provenance.provider}, the only provider"
-    metric = "placement.fallback"
-    check = Check("placement", _state(strays, ()), summary, _listed(strays), (metric,))
-    return Checked((check,), {metric: float(len(strays))})
-
-
-def check_parity(folder: Path, checkpoint: Checkpoint, provider: Provider) -> Checked:
-    """Tokenizer, chat template and genai_config.json against the checkpoint's.
+def check_gguf(folder: Path, checkpoint: Checkpoint) -> Checked:
+    """Tokenizer and chat template of a GGUF file, as llama.cpp has them, against the checkpoint's.
 
     Raises:
-        CheckpointError: The checkpoint's own tokenizer or generation config cannot be read.
+        CheckpointError: The checkpoint's own tokenizer cannot be read.
     """
-    from phiconv.parity.check import check_artifact
+    from phiconv.parity.llama_cpp import gguf_parity
 
-    # an artifact for a GPU may well be measured on the CPU, too
-    builds_for = None if provider == "cpu" else provider
+    names = ("tokenizer", "chat template")
     try:
-        report = check_artifact(folder, checkpoint, provider=builds_for)
+        report = gguf_parity(folder, checkpoint.path)
     except EnvironmentLacksError as error:
-        checks = tuple(Check(name, "not_checked", error.message) for name in _PARITY)
-        return Checked(checks, {})
-    checks = (_tokenizer(report), _template(report), _config(report))
-    return Checked(checks, report.metrics())
+        message = f"{error.message}; what is measured is the weights, not the runtime"
+        return Checked(tuple(Check(name, "not_checked", message) for name in names), {})
+    counts = report.metrics()
+    del counts["parity.genai_config"]
+    return Checked((_tokenizer(report), _template(report)), counts)
 
 
 def _tokenizer(report: ParityReport) -> Check:

@@ -75,15 +75,15 @@ class Requirement:
 
     Attributes:
         kind: `provider` for an ONNX Runtime execution provider, `module` for an importable
-            Python module.
-        name: Such as `CUDAExecutionProvider` or `onnxruntime_genai`.
+            Python module, `binding` for a package that carries llama.cpp.
+        name: Such as `CUDAExecutionProvider`, `onnxruntime_genai` or `llama.cpp`.
         optional: True when the stage has a declared way to go on without it (a validation with
             `when_missing: fallback-cpu`); the plan shows it, the build goes on. A missing
             requirement that is not optional ends the build with exit code 5 before any work.
         remedy: What the user can do about it.
     """
 
-    kind: Literal["provider", "module"]
+    kind: Literal["provider", "module", "binding"]
     name: str
     optional: bool = False
     remedy: str | None = None
@@ -256,6 +256,15 @@ class Estimating(Protocol):
 
     def estimate(self, params: Any, config: ModelConfig, inputs: Sequence[InputRef]) -> Estimate:
         """The expected size of the artifact and the peak RAM of `run`, in bytes."""
+        ...
+
+
+@runtime_checkable
+class InputChecking(Protocol):
+    """A stage whose parameters fit only some of the kinds that it accepts."""
+
+    def check_inputs(self, params: Any, kinds: Sequence[str]) -> list[PhiconvError]:
+        """Finds what cannot work with inputs of these kinds; [] when all is well."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""Stage `validate`: an ONNX artifact's logits against the reference's, on the same tokens.
+"""Stage `validate`: an artifact's logits against the reference's, on the same tokens.
 
-Its kernels, tokenizer, chat template and genai_config.json are checked as well, also where no model
+Kernels, tokenizer, chat template and genai_config.json are checked as well, also where no model
 can be run. The gates are no part of what is measured: `phiconv.gates.judge` applies them
 afterwards, so a changed limit never runs a model again.
 """
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError
 from phiconv.stages.reference import TokenSetParams, check_tokens
 from phiconv.stages.stage import (
+    GGUF,
     JSON,
     MEASUREMENT,
     ONNX,
@@ -67,20 +69,29 @@ class ValidateParams(TokenSetParams):
         "require",
         description="What happens on a machine without the provider: require ends with exit code "
         "5, fallback-cpu runs the same graph on the CPU and says so, skip runs nothing, which "
-        "never counts as passed.",
+        "never counts as passed. With runtime: llama.cpp it is llama.cpp that may be missing, and "
+        "fallback-cpu measures the dequantized weights in PyTorch.",
     )
-    runtime: Literal["onnxruntime", "onnxruntime-genai"] = Field(
+    runtime: Literal["onnxruntime", "onnxruntime-genai", "llama.cpp"] = Field(
         "onnxruntime",
         description="What runs the artifact; onnxruntime-genai also decodes token by token and "
-        "generates.",
+        "generates, as does llama.cpp, which is for GGUF files.",
     )
     generate_tokens: int = Field(
-        64, ge=1, description="Tokens of the greedy generation, with runtime: onnxruntime-genai."
+        64,
+        ge=1,
+        description="Tokens of the greedy generation, with runtime: onnxruntime-genai or "
+        "llama.cpp.",
     )
     gates: dict[str, Gate] = Field(
         default_factory=dict,
         description="Metric name to the least (min) and greatest (max) value that passes.",
     )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the runtime decodes by itself."""
+        return self.runtime != "onnxruntime"
 
     def limits(self) -> dict[str, dict[Literal["min", "max"], float]]:
         """The gates as `phiconv.gates` takes them."""
@@ -100,7 +111,7 @@ class Validate:
     name: ClassVar[str] = "validate"
     version: ClassVar[int] = 3
     params: ClassVar[type[ValidateParams]] = ValidateParams
-    accepts: ClassVar[tuple[str, ...]] = (ONNX,)
+    accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
 
     def tools(self) -> tuple[str, ...]:
@@ -118,8 +129,18 @@ class Validate:
         from phiconv.gates import check_gates
 
         errors = check_tokens(params, config, self.name)
-        generates = params.runtime == "onnxruntime-genai"
-        if generates and _PROMPT_TOKENS + params.generate_tokens > config.max_position_embeddings:
+        if params.runtime == "llama.cpp" and params.provider != "cpu":
+            errors.append(
+                RecipeError(
+                    f"runtime llama.cpp has no provider {params.provider}",
+                    where=f"{self.name}: provider",
+                    remedy="take the provider out: llama.cpp runs on the CPU here",
+                )
+            )
+        if (
+            params.generates
+            and _PROMPT_TOKENS + params.generate_tokens > config.max_position_embeddings
+        ):
             errors.append(
                 RecipeError(
                     f"generate_tokens {params.generate_tokens} after a prompt of {_PROMPT_TOKENS} "
@@ -127,26 +148,45 @@ class Validate:
                     where=f"{self.name}: generate_tokens",
                 )
             )
-        errors += check_gates(params.limits(), generates=generates, where=f"{self.name}: gates")
+        errors += check_gates(
+            params.limits(), generates=params.generates, where=f"{self.name}: gates"
+        )
         return errors
 
-    def key_params(self, params: ValidateParams) -> dict[str, JSON]:
-        from phiconv.runtimes.providers import PROVIDERS, choose
+    def check_inputs(self, params: ValidateParams, kinds: Sequence[str]) -> list[PhiconvError]:
+        """A GGUF file is run by llama.cpp, and nothing else is."""
+        if (GGUF in kinds) == (params.runtime == "llama.cpp"):
+            return []
+        fitting = "llama.cpp" if GGUF in kinds else "onnxruntime or onnxruntime-genai"
+        return [
+            RecipeError(
+                f"runtime {params.runtime} does not run an artifact of kind {kinds[0]}",
+                where=f"{self.name}: runtime",
+                remedy=f"set runtime: {fitting}",
+            )
+        ]
 
-        target = PROVIDERS[params.provider]
+    def key_params(self, params: ValidateParams) -> dict[str, JSON]:
+        target = _target(params)
         try:
-            provider = choose(params.provider, params.when_missing).provider
+            provider = _choose(params).provider
         except EnvironmentLacksError:
             provider = target  # the plan says what is missing; nothing will be made
         key: dict[str, JSON] = {"runtime": params.runtime, "target": target, "provider": provider}
-        if params.runtime == "onnxruntime-genai":
+        if params.generates:
             key["generate_tokens"] = params.generate_tokens
+        if params.runtime == "llama.cpp":
+            key["binding"] = machine.llama_cpp_binding()
+            key["gguf"] = machine.version("gguf")
         return key
 
     def requires(self, params: ValidateParams) -> tuple[Requirement, ...]:
+        from phiconv.runtimes.llama_cpp_library import REMEDY
         from phiconv.runtimes.providers import PROVIDERS, REMEDIES
 
         optional = params.when_missing != "require"
+        if params.runtime == "llama.cpp":
+            return (Requirement("binding", machine.LLAMA_CPP, optional, REMEDY),)
         needed = [
             Requirement("provider", PROVIDERS[params.provider], optional, REMEDIES[params.provider])
         ]
@@ -163,16 +203,13 @@ class Validate:
     def run(self, params: ValidateParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.report.document import MEASUREMENT_FILE, measurement_json
         from phiconv.report.results import Measurement, Provenance
-        from phiconv.runtimes.providers import choose
         from phiconv.runtimes.stored_reference import load_reference
-        from phiconv.stages.checks import check_statically
 
-        choice = choose(params.provider, params.when_missing)
+        choice = _choose(params)
         reference = load_reference(ctx.input(REFERENCE).path)
         ctx.progress.start(int(reference.windows.size), "tokens")
         ctx.progress.advance(0, "kernels, tokenizer, template")
-        folder = ctx.input(ONNX).path
-        static = check_statically(folder, ctx.checkpoint, params.provider, choice.target)
+        static = _check_statically(params, choice, ctx)
         if choice.provider is None:
             nowhere = Provenance(params.runtime, "", choice.target, None)
             measurement = Measurement("not_run", reference.tokens, nowhere)
@@ -188,6 +225,33 @@ class Validate:
         }
 
 
+def _target(params: ValidateParams) -> str:
+    from phiconv.runtimes.providers import PROVIDERS
+
+    return machine.LLAMA_CPP if params.runtime == "llama.cpp" else PROVIDERS[params.provider]
+
+
+def _choose(params: ValidateParams) -> ProviderChoice:
+    from phiconv.runtimes.providers import choose, choose_llama_cpp
+
+    if params.runtime == "llama.cpp":
+        return choose_llama_cpp(params.when_missing)
+    return choose(params.provider, params.when_missing)
+
+
+def _artifact(params: ValidateParams, ctx: StageContext) -> Path:
+    return ctx.input(GGUF if params.runtime == "llama.cpp" else ONNX).path
+
+
+def _check_statically(params: ValidateParams, choice: ProviderChoice, ctx: StageContext) -> Checked:
+    from phiconv.stages.checks import check_gguf, check_statically
+
+    folder = _artifact(params, ctx)
+    if params.runtime == "llama.cpp":
+        return check_gguf(folder, ctx.checkpoint)
+    return check_statically(folder, ctx.checkpoint, params.provider, choice.target)
+
+
 def _with_checks(measurement: Measurement, static: Checked) -> Measurement:
     """The measurement with what was checked in it, the placement of its nodes included."""
     from dataclasses import replace
@@ -195,7 +259,7 @@ def _with_checks(measurement: Measurement, static: Checked) -> Measurement:
     from phiconv.stages.checks import check_placement, joined
 
     found = static
-    if measurement.status == "measured":
+    if measurement.status == "measured" and measurement.provenance.runtime != "llama.cpp":
         found = joined([check_placement(measurement.provenance), static])
     metrics = {**measurement.metrics, **found.counts}
     return replace(measurement, metrics=metrics, checks=found.checks)
@@ -211,7 +275,7 @@ def _measure(
     from phiconv.runtimes import RUNTIMES, ArtifactFolder, GeneratingRuntime
     from phiconv.runtimes.reference import LanguageModelHead
 
-    folder = ArtifactFolder(ctx.input(ONNX).path, ctx.checkpoint.config.head_dim)
+    folder = ArtifactFolder(_artifact(params, ctx), ctx.checkpoint.config.head_dim, ctx.checkpoint)
     head = LanguageModelHead(ctx.checkpoint, device=params.reference_device, threads=ctx.threads)
     shape = reference.windows.shape
     runtime = RUNTIMES[params.runtime](folder, choice, ctx.threads)
