@@ -7,11 +7,14 @@ DequantizeLinear, so that a mistake in one does not hide in the other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phiconv.checkpoint.folder import member
 from phiconv.diagnosis.decoder_graph import constant_source
-from phiconv.errors import StageError
+from phiconv.errors import CheckpointError, StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,12 +183,40 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     if tensor is None:
         return None
     try:
-        return tensor.numpy()
-    except (OSError, ValueError) as error:
+        return _external(tensor) if _is_external(tensor) else tensor.numpy()
+    except (OSError, ValueError, CheckpointError) as error:
         raise StageError(
             f"the data of {value.name} cannot be read: {error}",
             remedy="keep the external data file beside the model",
         ) from error
+
+
+def _is_external(tensor: ir.TensorProtocol) -> bool:
+    """Whether its data is whole elements of a file beside the model."""
+    import onnx_ir as ir
+
+    return isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8
+
+
+def _external(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    """Data of a tensor in a file, read afresh by every call.
+
+    Not onnx_ir's own way: its tensors are not to be shared by threads, keep the whole file mapped,
+    and refuse a file with a second name, as those of the Hugging Face cache have.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    assert isinstance(tensor, ir.ExternalTensor)
+    name = str(tensor.location).replace("\\", "/")
+    path = member(Path(tensor.base_dir or "."), name)
+    shape = tensor.shape.numpy()
+    count = math.prod(shape)
+    dtype = tensor.dtype.numpy().newbyteorder("<")
+    data = np.fromfile(path, dtype, count, offset=tensor.offset or 0)
+    if len(data) < count:
+        raise ValueError(f"{name} ends within it")
+    return data.reshape(shape)
 
 
 def _matmul_nbits(node: ir.Node) -> BlockWeight:

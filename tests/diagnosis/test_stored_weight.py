@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from phiconv.diagnosis.stored_weight import embedding_weight, linear_weight
+from phiconv.diagnosis.stored_weight import constant, embedding_weight, linear_weight
 from phiconv.errors import StageError
 
 N, K = 24, 80
@@ -173,3 +176,43 @@ def test_what_is_not_known_is_refused() -> None:
     integers = single("MatMul", "", ["x", random_bytes(K, N)], ir.DataType.FLOAT)
     with pytest.raises(StageError, match="UINT8 without scales"):
         linear_weight(integers.graph[0])
+
+
+@pytest.fixture
+def in_a_file(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A MatMul whose weight lies in a file beside the model."""
+    weight = RNG.standard_normal((K, N)).astype(np.float32)
+    model = single("MatMul", "", ["x", weight], ir.DataType.FLOAT)
+    ir.save(model, tmp_path / "model.onnx", external_data="w.data", size_threshold_bytes=0)
+    return tmp_path / "model.onnx", weight
+
+
+def test_a_file_with_two_names_is_read(in_a_file: tuple[Path, np.ndarray]) -> None:
+    file, weight = in_a_file
+    try:
+        os.link(file.parent / "w.data", file.parent / "other")
+    except OSError:
+        pytest.skip("no hard links here")
+    node = ir.load(file).graph.node(0)
+    np.testing.assert_array_equal(linear_weight(node).rows(0, N), weight.T)
+
+
+def test_threads_may_share_a_tensor(in_a_file: tuple[Path, np.ndarray]) -> None:
+    file, weight = in_a_file
+    node = ir.load(file).graph.node(0)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: constant(node.inputs[1]), range(64)):
+            np.testing.assert_array_equal(found, weight)
+
+
+def test_data_that_is_cut_off_or_elsewhere_is_told(in_a_file: tuple[Path, np.ndarray]) -> None:
+    file, _ = in_a_file
+    data = file.parent / "w.data"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-4])
+    with pytest.raises(StageError, match=r"w\.data ends within it"):
+        constant(ir.load(file).graph.node(0).inputs[1])
+    data.unlink()
+    (file.parent.parent / "w.data").write_bytes(whole)
+    with pytest.raises(StageError, match=r"w\.data is missing"):
+        constant(ir.load(file).graph.node(0).inputs[1])
