@@ -21,16 +21,16 @@ from phiconv.runtimes.onnxruntime import Session
 from phiconv.runtimes.providers import CPU, ProviderChoice
 from phiconv.runtimes.reference import (
     LanguageModelHead,
-    _computing,
-    _embed,
-    _hugging_face_config,
-    _layer,
-    _modules,
-    _Rotary,
-    _rotary,
-    _run_layer,
-    _stored_tensor,
+    Rotary,
+    computing,
+    decoder_layer,
+    embed,
     final_hidden_states,
+    hugging_face_config,
+    modeling_module,
+    rotary_embedding,
+    run_layer,
+    stored_tensor,
 )
 
 if TYPE_CHECKING:
@@ -180,19 +180,19 @@ class Ladder:
         import torch
 
         checkpoint, dtype = self._checkpoint, torch.bfloat16
-        with _computing("cpu", self._threads):
-            config = _hugging_face_config(checkpoint)
-            rotary = _rotary(config, self._windows.shape[1], "cpu")
+        with computing("cpu", self._threads):
+            config = hugging_face_config(checkpoint)
+            rotary = rotary_embedding(config, self._windows.shape[1], "cpu")
             cos, sin = (part.to(dtype) for part in rotary.embeddings)
-            rotary = _Rotary(rotary.position_ids, (cos, sin))
-            stream = _embed(checkpoint, self._windows).to(dtype)
+            rotary = Rotary(rotary.position_ids, (cos, sin))
+            stream = embed(checkpoint, self._windows).to(dtype)
             for index in range(config.num_hidden_layers):
-                layer = _layer(checkpoint, config, index, "cpu").to(dtype)
-                _run_layer(layer, config, stream, rotary, "cpu")
-            norm = _modules().Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            norm.load_state_dict({"weight": _stored_tensor(checkpoint, "model.norm.weight")})
+                layer = decoder_layer(checkpoint, config, index, "cpu").to(dtype)
+                run_layer(layer, config, stream, rotary, "cpu")
+            norm = modeling_module().Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            norm.load_state_dict({"weight": stored_tensor(checkpoint, "model.norm.weight")})
             final = norm(stream).to(dtype)
-            head = _stored_tensor(checkpoint, checkpoint.lm_head).to(dtype)
+            head = stored_tensor(checkpoint, checkpoint.lm_head).to(dtype)
             return [(window @ head.T).float().numpy() for window in final]
 
 

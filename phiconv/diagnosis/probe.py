@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phiconv.errors import EnvironmentLacksError, StageError
-from phiconv.runtimes.onnxruntime import _import_onnxruntime, _runtime_errors
+from phiconv.runtimes.onnxruntime import import_onnxruntime, runtime_errors
 from phiconv.runtimes.providers import CPU
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Probe:
         """
         try:
             found = self._session.run(list(names), self._feeds(window))
-        except _runtime_errors() as error:
+        except runtime_errors() as error:
             raise StageError(f"ONNX Runtime failed: {error}", where=self._where) from error
         return {name: value[0] for name, value in zip(names, found, strict=True)}
 
@@ -149,7 +149,7 @@ def _without_accuracy_level(model: ir.Model, wanted: bool) -> Iterator[None]:
 
 
 def _open(graph: bytes, where: str, provider: str, threads: int, entries: Mapping[str, str]) -> Any:
-    ort = _import_onnxruntime()
+    ort = import_onnxruntime()
     if provider not in ort.get_available_providers():
         raise EnvironmentLacksError(f"the installed onnxruntime has no {provider}", where=where)
     options = ort.SessionOptions()
@@ -163,7 +163,7 @@ def _open(graph: bytes, where: str, provider: str, threads: int, entries: Mappin
     providers = [provider] if provider == CPU else [provider, CPU]
     try:
         return ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
-    except _runtime_errors() as error:
+    except runtime_errors() as error:
         raise StageError(f"ONNX Runtime cannot load the model: {error}", where=where) from error
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phiconv.runtimes.reference import (
-    _computing,
-    _hugging_face_config,
-    _layer,
-    _mask,
-    _modules,
-    _rotary,
+    attention_mask,
+    computing,
+    decoder_layer,
+    hugging_face_config,
+    modeling_module,
+    rotary_embedding,
 )
 
 if TYPE_CHECKING:
@@ -39,55 +39,55 @@ class ReferenceSteps:
 
         self._checkpoint = checkpoint
         self._threads = threads
-        with _computing("cpu", threads):
-            self._config = _hugging_face_config(checkpoint)
-            self._rotary = _rotary(self._config, length, "cpu")
+        with computing("cpu", threads):
+            self._config = hugging_face_config(checkpoint)
+            self._rotary = rotary_embedding(self._config, length, "cpu")
             with torch.device("meta"):
-                self._attention = _modules().Phi3Attention(self._config, 0).eval()
-                self._mlp = _modules().Phi3MLP(self._config).eval()
+                self._attention = modeling_module().Phi3Attention(self._config, 0).eval()
+                self._mlp = modeling_module().Phi3MLP(self._config).eval()
         self._attention.qkv_proj = self._attention.o_proj = torch.nn.Identity()
         self._mlp.gate_up_proj = self._mlp.down_proj = torch.nn.Identity()
 
     def norm(self, values: NDArray[Any], weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """RMS norm with the checkpoint's epsilon and a weight of the caller's."""
-        with _computing("cpu", self._threads):
-            norm = _modules().Phi3RMSNorm(len(weight), eps=self._config.rms_norm_eps)
+        with computing("cpu", self._threads):
+            norm = modeling_module().Phi3RMSNorm(len(weight), eps=self._config.rms_norm_eps)
             norm.load_state_dict({"weight": _tensor(weight)})
             return _array(norm(_tensor(values)))
 
     def linear(self, values: NDArray[Any], weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """`values @ weight.T` for a weight `[N, K]`."""
-        with _computing("cpu", self._threads):
+        with computing("cpu", self._threads):
             return _array(_tensor(values) @ _tensor(weight).T)
 
     def attention(self, qkv: NDArray[Any]) -> NDArray[np.float32]:
         """Rotary embedding and attention of packed q, k, v; `[T, heads * head_dim]`."""
-        with _computing("cpu", self._threads):
+        with computing("cpu", self._threads):
             return _array(self._attend(self._attention, _tensor(qkv))[0])
 
     def rotated(self, heads: NDArray[Any]) -> NDArray[np.float32]:
         """Queries or keys after rotary embedding, `[T, number of heads * head_dim]` both ways."""
-        with _computing("cpu", self._threads):
+        with computing("cpu", self._threads):
             split = _tensor(heads).view(1, len(heads), -1, self._attention.head_dim).transpose(1, 2)
             cos, sin = self._rotary.embeddings
-            rotated = _modules().apply_rotary_pos_emb(split, split, cos, sin)[0]
+            rotated = modeling_module().apply_rotary_pos_emb(split, split, cos, sin)[0]
             return _array(rotated[0].transpose(0, 1).reshape(len(heads), -1))
 
     def gated(self, gate_up: NDArray[Any]) -> NDArray[np.float32]:
         """Activated gate times up, of packed gate and up."""
-        with _computing("cpu", self._threads):
+        with computing("cpu", self._threads):
             return _array(self._mlp(_tensor(gate_up)))
 
     def layer(self, index: int) -> ReferenceLayer:
         """A decoder layer with the checkpoint's weights."""
-        with _computing("cpu", self._threads):
-            return ReferenceLayer(self, _layer(self._checkpoint, self._config, index, "cpu"))
+        with computing("cpu", self._threads):
+            return ReferenceLayer(self, decoder_layer(self._checkpoint, self._config, index, "cpu"))
 
     def _attend(self, module: torch.nn.Module, values: torch.Tensor) -> Any:
         batch = values[None]
         return module(
             batch,
-            attention_mask=_mask(self._config, batch, self._rotary.position_ids),
+            attention_mask=attention_mask(self._config, batch, self._rotary.position_ids),
             position_ids=self._rotary.position_ids,
             position_embeddings=self._rotary.embeddings,
         )[0]
@@ -102,13 +102,13 @@ class ReferenceLayer:
 
     def attention_block(self, residual: NDArray[Any]) -> NDArray[np.float32]:
         """What the attention block adds to a residual stream."""
-        with _computing("cpu", self._steps._threads):
+        with computing("cpu", self._steps._threads):
             normed = self._module.input_layernorm(_tensor(residual))
             return _array(self._steps._attend(self._module.self_attn, normed)[0])
 
     def mlp_block(self, residual: NDArray[Any]) -> NDArray[np.float32]:
         """What the MLP adds to a residual stream."""
-        with _computing("cpu", self._steps._threads):
+        with computing("cpu", self._steps._threads):
             normed = self._module.post_attention_layernorm(_tensor(residual))
             return _array(self._module.mlp(normed))
 

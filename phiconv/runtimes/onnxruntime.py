@@ -50,7 +50,7 @@ class Session:
         self._choice = choice
         self._threads = threads
         self._file = model_file(folder.path)
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         self._version = str(ort.__version__)
         self._session = _create(ort, self._file, choice.provider, threads)
         self._nodes = placed_nodes(self._session)
@@ -68,7 +68,7 @@ class Session:
             feeds = self._feeds(window[None])
             try:
                 (logits,) = self._session.run([LOGITS], feeds)
-            except _runtime_errors() as error:
+            except runtime_errors() as error:
                 raise StageError(f"ONNX Runtime failed: {error}", where=where) from error
             yield all_positions(logits, len(window), where)
 
@@ -174,7 +174,8 @@ def all_positions(logits: NDArray[Any], length: int, where: str) -> NDArray[np.f
     return window
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The module, or an error that says how to install it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -184,7 +185,7 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
+def runtime_errors() -> tuple[type[Exception], ...]:
     """What onnxruntime raises: classes of its own, derived from Exception, and builtin ones."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -211,7 +212,7 @@ def _create(ort: Any, file: Path, provider: str, threads: int) -> Any:
     providers = [provider] if provider == CPU else [provider, CPU]
     try:
         session = ort.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
-    except _runtime_errors() as error:
+    except runtime_errors() as error:
         raise StageError(f"ONNX Runtime cannot load the model: {error}", where=str(file)) from error
     if session.get_providers()[0] != provider:
         raise EnvironmentLacksError(

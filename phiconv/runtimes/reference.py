@@ -68,21 +68,23 @@ def final_hidden_states(
         StageError: The residual stream is not finite after some layer, which is named.
         EnvironmentLacksError: There is no CUDA device.
     """
-    with _computing(device, threads):
-        config = _hugging_face_config(checkpoint)
-        stream = _embed(checkpoint, windows).to(device)
+    with computing(device, threads):
+        config = hugging_face_config(checkpoint)
+        stream = embed(checkpoint, windows).to(device)
         _check_finite(stream, "the embedding", checkpoint)
         if observe is not None:
             observe(0, stream.cpu().numpy())
-        rotary = _rotary(config, windows.shape[1], device)
+        rotary = rotary_embedding(config, windows.shape[1], device)
         for index in range(config.num_hidden_layers):
-            _run_layer(_layer(checkpoint, config, index, device), config, stream, rotary, device)
+            run_layer(
+                decoder_layer(checkpoint, config, index, device), config, stream, rotary, device
+            )
             _check_finite(stream, f"layer {index}", checkpoint)
             if observe is not None:
                 observe(index + 1, stream.cpu().numpy())
             if advance is not None:
                 advance(windows.size, f"layer {index}")
-        norm = _modules().Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps).to(device)
+        norm = modeling_module().Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps).to(device)
         norm.load_state_dict({"weight": _tensor(checkpoint, FINAL_NORM, device)})
         for window in stream:
             window[...] = norm(window)
@@ -107,14 +109,14 @@ class LanguageModelHead:
         name = LM_HEAD if LM_HEAD in checkpoint.tensors else EMBEDDING
         self._device = device
         self._threads = threads
-        with _computing(device, threads):
-            self._weight = _stored_tensor(checkpoint, name).to(device)
+        with computing(device, threads):
+            self._weight = stored_tensor(checkpoint, name).to(device)
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits float32 [T, V] of final hidden states [T, hidden]."""
         import torch
 
-        with _computing(self._device, self._threads):
+        with computing(self._device, self._threads):
             inputs = torch.from_numpy(hidden).to(self._device)
             rows = self._weight.shape[0]
             out = torch.empty(len(hidden), rows, dtype=torch.float32, device=self._device)
@@ -125,11 +127,11 @@ class LanguageModelHead:
         return result
 
 
-def _run_layer(
+def run_layer(
     layer: torch.nn.Module,
     config: Any,
     stream: torch.Tensor,
-    rotary: _Rotary,
+    rotary: Rotary,
     device: Device,
 ) -> None:
     """Applies one decoder layer to `stream` [n, T, hidden] in place, a few windows at a time."""
@@ -138,29 +140,32 @@ def _run_layer(
         windows = stream[start : start + batch]
         windows[...] = layer(
             windows,
-            attention_mask=_mask(config, windows, rotary.position_ids),
+            attention_mask=attention_mask(config, windows, rotary.position_ids),
             position_ids=rotary.position_ids,
             position_embeddings=rotary.embeddings,
         )
 
 
-class _Rotary(NamedTuple):
+class Rotary(NamedTuple):
     """Position ids [1, T] and transformers' cosines and sines for them."""
 
     position_ids: torch.Tensor
     embeddings: tuple[torch.Tensor, torch.Tensor]
 
 
-def _rotary(config: Any, length: int, device: Device) -> _Rotary:
+def rotary_embedding(config: Any, length: int, device: Device) -> Rotary:
+    """Position ids and transformers' own cosines and sines of a window of `length` tokens."""
     import torch
 
     position_ids = torch.arange(length, device=device)[None]
     like = torch.empty(0, device=device)
-    embeddings = _modules().Phi3RotaryEmbedding(config).to(device)(like, position_ids=position_ids)
-    return _Rotary(position_ids, embeddings)
+    embeddings = (
+        modeling_module().Phi3RotaryEmbedding(config).to(device)(like, position_ids=position_ids)
+    )
+    return Rotary(position_ids, embeddings)
 
 
-def _mask(config: Any, embeddings: torch.Tensor, position_ids: torch.Tensor) -> Any:
+def attention_mask(config: Any, embeddings: torch.Tensor, position_ids: torch.Tensor) -> Any:
     """The attention mask that transformers' Phi3Model builds for these inputs."""
     from transformers import masking_utils
 
@@ -178,19 +183,21 @@ def _mask(config: Any, embeddings: torch.Tensor, position_ids: torch.Tensor) -> 
     )
 
 
-def _layer(checkpoint: Checkpoint, config: Any, index: int, device: Device) -> torch.nn.Module:
+def decoder_layer(
+    checkpoint: Checkpoint, config: Any, index: int, device: Device
+) -> torch.nn.Module:
     """Decoder layer `index` in fp32 with the checkpoint's weights."""
     import torch
 
     with torch.device("meta"):
-        layer: torch.nn.Module = _modules().Phi3DecoderLayer(config, index)
+        layer: torch.nn.Module = modeling_module().Phi3DecoderLayer(config, index)
     prefix = f"model.layers.{index}."
     weights = {name: _tensor(checkpoint, prefix + name, device) for name in layer.state_dict()}
     layer.load_state_dict(weights, strict=True, assign=True)
     return layer.eval()
 
 
-def _embed(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> torch.Tensor:
+def embed(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> torch.Tensor:
     """Rows of the embedding for each token, float32 [n, T, hidden]; the table is read in blocks."""
     import numpy as np
     import torch
@@ -205,7 +212,7 @@ def _embed(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def _stored_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def stored_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """A whole tensor of the checkpoint in its own dtype."""
     import numpy as np
     import torch
@@ -221,7 +228,7 @@ def _tensor(checkpoint: Checkpoint, name: str, device: Device) -> torch.Tensor:
     """A whole tensor of the checkpoint as float32 on the device."""
     import torch
 
-    return _stored_tensor(checkpoint, name).to(device).to(torch.float32)
+    return stored_tensor(checkpoint, name).to(device).to(torch.float32)
 
 
 def _check_finite(stream: torch.Tensor, what: str, checkpoint: Checkpoint) -> None:
@@ -233,7 +240,7 @@ def _check_finite(stream: torch.Tensor, what: str, checkpoint: Checkpoint) -> No
         )
 
 
-def _hugging_face_config(checkpoint: Checkpoint) -> Any:
+def hugging_face_config(checkpoint: Checkpoint) -> Any:
     """Transformers' own reading of config.json, so that its defaults hold, not ours."""
     from transformers import Phi3Config
     from transformers.utils import logging
@@ -248,14 +255,15 @@ def _hugging_face_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _modules() -> Any:
+def modeling_module() -> Any:
+    """Transformers' module of the Phi-3 layers."""
     from transformers.models.phi3 import modeling_phi3
 
     return modeling_phi3
 
 
 @contextmanager
-def _computing(device: Device, threads: int) -> Iterator[None]:
+def computing(device: Device, threads: int) -> Iterator[None]:
     """fp32 that is fp32 (no TF32), without gradients, with `threads` CPU threads."""
     import torch
 
