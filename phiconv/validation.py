@@ -1,8 +1,8 @@
-"""Validates an ONNX folder wherever it lies, also one that phiconv did not make.
+"""Validates and diagnoses an ONNX folder wherever it lies, also one phiconv did not make.
 
-It goes the way of a recipe with one stage, `validate`, whose input is the folder as it is: nothing
-of it is copied. Its key is the digest of its files, so that reference and measurement are found in
-the workspace the next time, and other gates judge without running a model again.
+A validation goes the way of a recipe with one stage, `validate`, whose input is the folder as it
+is: nothing of it is copied. Its key is the digest of its files, so that reference and measurement
+are found in the workspace the next time, and other gates judge without running a model again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from phiconv.preflight import preflight
 from phiconv.progress import Display
 from phiconv.recipe.model import ModelSource, Recipe, RecipeText, StageEntry, StageUse
 from phiconv.report.results import FileRecord, RunResult
+from phiconv.resources import Meter
 from phiconv.run import Built, Runner, Shipped, assess, open_checkpoint
 from phiconv.stages.stage import ONNX, InputRef
 from phiconv.stages.validate import Validate, ValidateParams
@@ -31,6 +32,7 @@ from phiconv.workspace.session import open_session
 from phiconv.workspace.store import remove_tree
 
 if TYPE_CHECKING:
+    from phiconv.diagnosis import Diagnosis
     from phiconv.onnx.folder import OnnxFolder
 
 ARTIFACT, STAGE = "artifact", "validate"
@@ -107,6 +109,48 @@ def validate_artifact(
         result = assess(plan, runner.made, shipped)
         _write(result, out, session)
     return Outcome(recipe, Built(plan, result, folder.path, out), None)
+
+
+def diagnose_artifact(
+    subject: Subject, workspace: Workspace, display: Display, *, threads: int = 1
+) -> Diagnosis:
+    """Finds where the error of an artifact comes from.
+
+    Args:
+        subject: What to diagnose; of its parameters, provider and tokens count.
+        workspace: Keeps digests of the checkpoint's files.
+        display: Where progress is shown.
+        threads: How many threads may be used.
+
+    Raises:
+        RecipeError: There is no such folder, or the tokens are wrong.
+        StageError: The artifact is broken or no decoder.
+        EnvironmentLacksError: The provider, a package or the checkpoint is missing.
+    """
+    from phiconv.diagnosis.diagnose import diagnose
+    from phiconv.onnx.folder import open_folder
+    from phiconv.runtimes.providers import choose
+    from phiconv.tokens import load_token_set
+
+    params = subject.params
+    folder = open_folder(subject.artifact)
+    provider = choose(params.provider, params.when_missing)
+    checkpoint = open_checkpoint(_recipe(subject), workspace, display, download=True)
+    tokens = load_token_set(
+        params.tokens,
+        checkpoint,
+        windows=params.windows,
+        window_length=params.window_length,
+    )
+    with Meter() as meter:
+        return diagnose(
+            folder.path,
+            checkpoint,
+            provider=provider,
+            tokens=tokens,
+            threads=threads,
+            progress=display.step("diagnosis", str(folder.path), lambda: meter.peak_rss_bytes),
+        )
 
 
 def _recipe(subject: Subject) -> Recipe:

@@ -15,6 +15,7 @@ import click
 from phiconv import __version__
 from phiconv.cli.artifact import inspect
 from phiconv.cli.boundary import Settings, boundary, terminate
+from phiconv.cli.diagnosis import diagnose
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
 from phiconv.cli.recipes import build, plan
@@ -22,7 +23,7 @@ from phiconv.cli.report import compare, index
 from phiconv.cli.validation import validate
 from phiconv.cli.workspace import cache
 
-COMMANDS = (build, plan, validate, compare, index, inspect, schema, doctor, cache)
+COMMANDS = (build, plan, validate, diagnose, compare, index, inspect, schema, doctor, cache)
 
 _EXIT_CODES = """\b
 Exit codes:

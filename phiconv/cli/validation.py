@@ -79,6 +79,7 @@ def validate(
     model again.
     """
     from phiconv import machine
+    from phiconv.errors import GateError
     from phiconv.gates import DEFAULT
     from phiconv.progress import make_display
     from phiconv.recipe.gates_file import read_gates, with_settings
@@ -102,4 +103,6 @@ def validate(
     finally:
         display.close()
     print_outcomes([outcome], quiet)
+    if outcome.exit_code == GateError.exit_code and not quiet:
+        click.echo("  where it comes from: phiconv diagnose, with the same --reference")
     return outcome.exit_code

@@ -58,8 +58,8 @@ def compare_windows(
                     f"the artifact's logits are not finite (NaN or infinity): window {index}, "
                     f"position {start + bad}",
                     where="the artifact's output",
-                    remedy="in fp16 this is mostly an overflow: see the overflow scan of the cast "
-                    "stage, or keep the named tensors in fp32",
+                    remedy="in fp16 this is mostly an overflow: `phiconv diagnose` names the step "
+                    "where it begins",
                 )
             parts.append(part)
         if advance is not None:
