@@ -13,7 +13,10 @@ import click
 import jsonschema
 import pytest
 
+from phiconv import compare
 from phiconv.cli import cli
+from phiconv.gates import BUILT_IN, DEFAULT
+from phiconv.metrics import METRICS
 from phiconv.recipe.document import read
 from phiconv.recipe.schema import recipe_schema
 from phiconv.stages.registry import STAGES
@@ -65,6 +68,25 @@ def test_exit_codes_are_documented() -> None:
     codes = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", text, re.MULTILINE)
              for code in row.split(",")}  # fmt: skip
     assert codes == {0, 2, 3, 4, 5, 130, 143}
+
+
+def test_validation_is_documented_as_it_is() -> None:
+    text = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
+    for name in METRICS:
+        parent, _, last = name.partition(".")
+        assert f"`{name}`" in text or (f"`{parent}." in text and f"`.{last}`" in text), name
+    for name, limits in DEFAULT.items():
+        for bound, limit in limits.items():
+            words = {"min": "at least", "max": "at most"}[bound]
+            assert f"`{name}` {words} {limit:g}" in " ".join(text.split()), name
+    for name in BUILT_IN:
+        assert text.count(f"`{name}`") >= 2, name
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*[\d.]+) \|$", text, re.MULTILINE))
+    for name, allowance in compare.DEFAULT.items():
+        if allowance != compare.Allowance(by_default=True):
+            assert f"{allowance.absolute:g}" in rows[name], name
+            share = f"{allowance.relative:.0%}".replace("%", " %")
+            assert not allowance.relative or share in rows[name], name
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ Exit codes:
   0  done, and every gate passed
   2  the command line or a recipe is wrong
   3  a stage failed
-  4  an accuracy gate failed
+  4  a gate failed: accuracy, provider, tokenizer, regression
   5  the environment lacks something: provider, disk, memory, model
 """
 
