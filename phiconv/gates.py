@@ -39,6 +39,12 @@ DEFAULT: Limits = {
 """What `phiconv validate` demands of an artifact when it is given no gates: those of an int4
 artifact of the shipped recipes. A recipe has only the gates it says."""
 
+DEFAULT_GENERATION: Limits = {
+    "decode_error.max": {"max": 1.0},
+    "greedy_agreement": {"min": 0.85},
+}
+"""The same with a runtime that decodes: a fault of cache or positions misses both by far."""
+
 _DETAIL_LENGTH = 200
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from phiconv import compare
 from phiconv.cli import cli
-from phiconv.gates import BUILT_IN, DEFAULT
+from phiconv.gates import BUILT_IN, DEFAULT, DEFAULT_GENERATION
 from phiconv.metrics import METRICS
 from phiconv.recipe.document import read
 from phiconv.recipe.schema import recipe_schema
@@ -75,7 +75,7 @@ def test_validation_is_documented_as_it_is() -> None:
     for name in METRICS:
         parent, _, last = name.partition(".")
         assert f"`{name}`" in text or (f"`{parent}." in text and f"`.{last}`" in text), name
-    for name, limits in DEFAULT.items():
+    for name, limits in {**DEFAULT, **DEFAULT_GENERATION}.items():
         for bound, limit in limits.items():
             words = {"min": "at least", "max": "at most"}[bound]
             assert f"`{name}` {words} {limit:g}" in " ".join(text.split()), name

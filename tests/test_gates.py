@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from phiconv.gates import BUILT_IN, DEFAULT, check_gates, judge
+from phiconv.gates import BUILT_IN, DEFAULT, DEFAULT_GENERATION, check_gates, judge
 from phiconv.report.results import Check, Measurement, Provenance, TokenSetRecord, Validation
 
 TOKENS = TokenSetRecord("default", 8, 512, "sha256:aa", "sha256:0123456789abcdef")
@@ -137,6 +137,7 @@ def test_what_was_not_checked_has_no_built_in_gate() -> None:
 def test_the_default_and_the_built_in_gates_are_gates() -> None:
     for gates in (DEFAULT, BUILT_IN):
         assert check_gates(gates, generates=False) == []
+    assert check_gates(DEFAULT_GENERATION, generates=True) == []
 
 
 def test_gates_that_can_be_judged_are_no_problem() -> None:

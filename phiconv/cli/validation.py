@@ -80,7 +80,7 @@ def validate(
     """
     from phiconv import machine
     from phiconv.errors import GateError
-    from phiconv.gates import DEFAULT
+    from phiconv.gates import DEFAULT, DEFAULT_GENERATION
     from phiconv.progress import make_display
     from phiconv.recipe.gates_file import read_gates, with_settings
     from phiconv.stages.validate import ValidateParams
@@ -88,7 +88,8 @@ def validate(
     from phiconv.workspace import Workspace
 
     generates = measured["runtime"] == "onnxruntime-genai"
-    base = DEFAULT if gates is None else read_gates(gates, generates=generates).limits
+    default = {**DEFAULT, **DEFAULT_GENERATION} if generates else DEFAULT
+    base = default if gates is None else read_gates(gates, generates=generates).limits
     params = ValidateParams(gates=with_settings(base, settings), **measured)
     display = make_display(sys.stderr, quiet=quiet)
     try:
