@@ -30,20 +30,22 @@ _O200K = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# (expression, whether whole words that are entries are taken as they are) -> tokenizer.ggml.pre
-PRE_TOKENIZERS: Mapping[tuple[str, bool], str] = {
-    (_GPT2, False): "gpt-2",
-    (_CL100K, False): "dbrx",
-    (_CL100K_POSSESSIVE, False): "dbrx",
-    (_CL100K, True): "llama-bpe",
-    (_CL100K_POSSESSIVE, True): "llama-bpe",
-    (_QWEN2, False): "qwen2",
-    (_O200K, False): "gpt-4o",
+PRE_TOKENIZERS: Mapping[str, str] = {
+    _GPT2: "gpt-2",
+    _CL100K: "dbrx",
+    _CL100K_POSSESSIVE: "dbrx",
+    _QWEN2: "qwen2",
+    _O200K: "gpt-4o",
 }
+"""Expression -> `tokenizer.ggml.pre`."""
+_TAKING_WHOLE_WORDS = {"dbrx": "llama-bpe"}
+"""The same expression, and words that are entries are taken without looking at merges."""
+
+_MERGES_FIRST = "words that are entries are taken whole, but llama.cpp merges their characters"
 
 
-def pre_tokenizer_name(file: TokenizerFile) -> str:
-    """The value of `tokenizer.ggml.pre`.
+def pre_tokenizer(file: TokenizerFile) -> tuple[str, tuple[str, ...]]:
+    """The value of `tokenizer.ggml.pre`, and what llama.cpp does otherwise than tokenizer.json.
 
     Raises:
         CheckpointError: llama.cpp has none that is known to do the same.
@@ -51,11 +53,13 @@ def pre_tokenizer_name(file: TokenizerFile) -> str:
     if file.normalizer is not None:
         raise _unknown(file, f"the normalizer {file.normalizer.get('type')}")
     expression = _expression(file)
-    name = PRE_TOKENIZERS.get((expression, file.ignore_merges))
+    name = PRE_TOKENIZERS.get(expression)
     if name is None:
-        flag = " with ignore_merges" if file.ignore_merges else ""
-        raise _unknown(file, f"the pre-tokenizer expression {expression!r}{flag}")
-    return name
+        raise _unknown(file, f"the pre-tokenizer expression {expression!r}")
+    if not file.ignore_merges:
+        return name, ()
+    whole = _TAKING_WHOLE_WORDS.get(name)
+    return (whole, ()) if whole else (name, (_MERGES_FIRST,))
 
 
 def _expression(file: TokenizerFile) -> str:

@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import pairwise
 from typing import Any, Literal
 
 from phiconv.errors import CheckpointError
-from phiconv.gguf.pre_tokenizer import pre_tokenizer_name
+from phiconv.gguf.pre_tokenizer import pre_tokenizer
 from phiconv.gguf.tokenizer_file import AddedToken, TokenizerFile, is_byte
 
 # The scores that llama.cpp's converter gives to tokens that no merge makes.
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
+# SentencePiece's own for entries put in by hand.
+_BEHIND_SCORE = -1e9
+_SPACE = "\u2581"
 
 # Where general.name says Phi-3, llama.cpp strips white space after every special token but these
 # three; and it does not load a vocabulary that lacks one of the four.
@@ -101,14 +103,15 @@ def read_vocabulary(file: TokenizerFile, vocab_size: int) -> Vocabulary:
             is_stripping=stripping,
             limits=(*limits, *more),
         )
+    pre, more = pre_tokenizer(file)
     return Vocabulary(
         model="gpt2",
-        pre=pre_tokenizer_name(file),
+        pre=pre,
         tokens=tokens,
         types=_types(tokens, padding, file, _byte_level_type),
         merges=tuple(f"{left} {right}" for left, right in file.merges),
         is_stripping=stripping,
-        limits=limits,
+        limits=(*limits, *more),
     )
 
 
@@ -143,30 +146,32 @@ def _sentencepiece_type(token: AddedToken) -> TokenType:
 def _scores(
     tokens: Sequence[str], padding: Mapping[int, str], file: TokenizerFile
 ) -> tuple[float, ...]:
-    """Scores that order merges as the merges of tokenizer.json are ordered.
+    """The scores of tokenizer.model, which order its merges.
 
-    SentencePiece numbers its entries in the order it found them, scores them -0, -1, -2, …, and
-    its merges follow that order. So where merges are in the order of the ids, these are the scores
-    of tokenizer.model; else the rank of a token's first merge takes their place.
+    SentencePiece numbers its entries in the order it found them and scores them -0, -1, -2, …; its
+    merges follow that order. What was put in by hand, runs of spaces, has the lowest score, and its
+    merges stand behind all others.
     """
     added = {token.id for token in file.added}
-    made = [file.vocabulary[left + right] for left, right in file.merges]
     normal = [
         token for text, token in file.vocabulary.items() if token not in added and not is_byte(text)
     ]
     first = min(normal, default=0)
-    if all(before <= after for before, after in pairwise(made)):
-        rank = {token: token - first for token in normal}
-    else:
-        rank = dict.fromkeys(normal, len(made))
-        rank |= {token: index for index, token in reversed(list(enumerate(made)))}
+    score_of = {token: -float(token - first) for token in normal}
+    behind = {file.vocabulary.get(_SPACE)}
+    seen = first
+    for left, right in file.merges:
+        token = file.vocabulary[left + right]
+        if token < seen:
+            behind.add(token)
+        seen = max(seen, token)
 
     def score(token: int) -> float:
         if token in padding:
             return _PADDING_SCORE
         if token in added:
             return _ADDED_SCORE
-        return -float(rank[token]) if token in rank else 0.0
+        return _BEHIND_SCORE if token in behind else score_of.get(token, 0.0)
 
     return tuple(score(token) for token in range(len(tokens)))
 

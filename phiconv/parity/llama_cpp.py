@@ -8,11 +8,8 @@ difference there is a limitation.
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING
 from phiconv.errors import StageError
 from phiconv.parity.golden import Conversation, conversations, golden_texts
 from phiconv.parity.hugging_face import HuggingFaceTokenizer
+from phiconv.parity.llama_cpp_limitations import LlamaCppModel
 from phiconv.parity.results import (
     UNEXPLAINED,
     Difference,
@@ -35,13 +33,13 @@ from phiconv.parity.tokenizer import LISTED_ERRORS, excerpt, first_difference
 if TYPE_CHECKING:
     from phiconv.runtimes.llama_cpp import LlamaFile
 
-ASCII_STRIP = "ascii_strip"
-"""Limitation: after a special token llama.cpp strips ASCII white space only, not Unicode's."""
+END_BY_TEXT = "end_by_text"
+"""Limitation: llama.cpp takes `</s>` and its like, by their text, for tokens that end a generation,
+and does not print them, whatever the vocabulary says of them."""
 BUILT_IN_TEMPLATE = "built_in_template"
 """Limitation: the library's own copy of a template differs from the stored template, which
 llama.cpp's programs run."""
 
-_ASCII_SPACE = "[ \\t\\n\\v\\f\\r]+"
 _SHOWN = 8
 _TEXT_SHOWN = 60
 
@@ -77,6 +75,7 @@ class _Comparison:
     def __init__(self, file: LlamaFile, reference: HuggingFaceTokenizer):
         self._file = file
         self._reference = reference
+        self._model = LlamaCppModel(reference)
 
     def tokenizer(self) -> ParityResult:
         texts = [(item.name, item.text) for item in golden_texts()]
@@ -137,12 +136,12 @@ class _Comparison:
     ) -> Difference:
         at = first_difference(expected, found)
         window = slice(max(at - 2, 0), max(at - 2, 0) + _SHOWN)
-        is_known = self._stripping_ascii(text) == list(found)
+        cause = self._model.explain(text, list(found))
         return Difference(
             name=name,
             operation="encode",
-            severity="warning" if is_known else "error",
-            cause=ASCII_STRIP if is_known else UNEXPLAINED,
+            severity="warning" if cause else "error",
+            cause=cause or UNEXPLAINED,
             text=text if len(text) <= _TEXT_SHOWN else text[:_TEXT_SHOWN] + "\u2026",
             index=at,
             expected=tuple(expected[window]),
@@ -156,39 +155,23 @@ class _Comparison:
         encoded = self._reference.encode([text for _, text in texts])
         for (name, text), ids in zip(texts, encoded, strict=True):
             expected = self._reference.decode(ids)
-            found = b"".join(map(self._file.piece, ids)).decode(errors="replace")
+            found = self._file.decode(ids)
             if found != expected:
                 at = first_difference(expected, found)
+                is_known = self._reference.decode(self._without_ends(ids)) == found
                 yield Difference(
                     name=name,
                     operation="stream",
-                    severity="error",
-                    cause=UNEXPLAINED,
+                    severity="warning" if is_known else "error",
+                    cause=END_BY_TEXT if is_known else UNEXPLAINED,
                     text=text[:_TEXT_SHOWN],
                     index=at,
                     expected=excerpt(expected, at),
                     found=excerpt(found, at),
                 )
 
-    @cached_property
-    def _stripping_ascii(self) -> Callable[[str], list[int]]:
-        """Hugging Face's tokenizer, stripping after special tokens only what llama.cpp strips."""
-        from tokenizers import Tokenizer
-
-        document = json.loads(json.dumps(self._reference.document))
-        stripping = [token for token in document["added_tokens"] if token["rstrip"]]
-        for token in stripping:
-            token["rstrip"] = False
-        tokenizer = Tokenizer.from_str(json.dumps(document))
-        contents = sorted((token["content"] for token in stripping), key=len, reverse=True)
-        pattern = re.compile(f"({'|'.join(map(re.escape, contents))}){_ASCII_SPACE}")
-
-        def encode(text: str) -> list[int]:
-            text = pattern.sub(r"\1", text) if contents else text
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-            return ids
-
-        return encode
+    def _without_ends(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if not self._file.ends_generation(token)]
 
     def _turn_end(self) -> Iterator[TemplateDifference]:
         """Generation must stop at what the template writes after an answer."""

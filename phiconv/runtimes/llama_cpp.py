@@ -19,6 +19,7 @@ from phiconv.report.results import Provenance
 from phiconv.runtimes.llama_cpp_library import (
     FLASH_ATTENTION_OFF,
     TYPE_F32,
+    VOCABULARY_SENTENCEPIECE,
     Batch,
     Library,
     open_library,
@@ -99,6 +100,17 @@ class LlamaFile:
         if count < 0:
             raise StageError("llama.cpp finds more tokens than bytes", where=str(self.path))
         return list(ids[:count])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out, from the bytes of the single tokens.
+
+        A SentencePiece text begins with the space that encoding put there; it is taken off.
+        """
+        calls = self.library.calls
+        text = b"".join(map(self.piece, ids)).decode(errors="replace")
+        if calls.llama_vocab_type(self.vocabulary) == VOCABULARY_SENTENCEPIECE:
+            text = text.removeprefix(" ")
+        return text
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; a special token has none."""

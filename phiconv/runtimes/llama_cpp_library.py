@@ -38,6 +38,7 @@ REMEDY = (
 
 FLASH_ATTENTION_OFF = 0
 TYPE_F32 = 0
+VOCABULARY_SENTENCEPIECE = 1
 
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
 _LINES_KEPT = 40
@@ -166,6 +167,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_decode": (c_int32, (c_void_p, Batch)),
     "llama_get_logits": (POINTER(c_float), (c_void_p,)),
     "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_vocab_type": (c_int, (c_void_p,)),
     "llama_vocab_is_eog": (c_bool, (c_void_p, c_int32)),
     "llama_tokenize": (
         c_int32,
