@@ -119,6 +119,7 @@ def test_int4_bytes_equal_the_builders(tmp_path: Path, home: Path) -> None:
         "int4.search=none",
         "--set",
         "int4.lm_head.bits=4",
+        "--skip-validation",
     )
     theirs = build_with_builder(
         TINY, tmp_path / "theirs", "int4", "cpu", "block_size=32", "accuracy_level=4"
