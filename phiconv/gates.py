@@ -32,12 +32,12 @@ BUILT_IN: Limits = {
 """Gates of every validation: on whatever of this was checked, unless a recipe says otherwise."""
 
 DEFAULT: Limits = {
-    "kl_divergence.mean": {"max": 0.05},
-    "top1_agreement": {"min": 0.90},
-    "perplexity.ratio": {"max": 1.05},
+    "kl_divergence.mean": {"max": 0.1},
+    "top1_agreement": {"min": 0.85},
+    "perplexity.ratio": {"max": 1.1},
 }
-"""What `phiconv validate` demands of an artifact when it is given no gates: those of an int4
-artifact of the shipped recipes. A recipe has only the gates it says."""
+"""What `phiconv validate` demands of an artifact when it is given no gates: wide enough for any
+sound rounding to 4 bits, and missed by a faulty conversion. A recipe has only the gates it says."""
 
 DEFAULT_GENERATION: Limits = {
     "decode_error.max": {"max": 1.0},

@@ -70,12 +70,12 @@ def test_the_error_enters_where_it_rises_most() -> None:
     ("measured", "failed"),
     [
         (rung("graph", 0.01), []),
-        (rung("graph", 0.06), ["Mean KL divergence 0.06, limit max 0.05"]),
-        (rung("graph", 0.01, top1=0.5), ["Top-1 agreement 0.5, limit min 0.9"]),
+        (rung("graph", 0.12), ["Mean KL divergence 0.12, limit max 0.1"]),
+        (rung("graph", 0.01, top1=0.5), ["Top-1 agreement 0.5, limit min 0.85"]),
         (rung("graph", None), ["the logits are not finite"]),
         (
             replace(rung("graph", 0.01), perplexity_ratio=1.5),
-            ["Perplexity ratio 1.5, limit max 1.05"],
+            ["Perplexity ratio 1.5, limit max 1.1"],
         ),
         (
             replace(rung("graph", 0.01), perplexity_ratio=None),
@@ -138,7 +138,7 @@ def test_a_fault_that_hardly_shows_and_one_beside_another_cause() -> None:
     beside = evidence(rung("quantized weights", 0.3), rung("graph", 0.3), findings=(CACHE,))
     assert judged(beside)[0] == (
         "a fault at stage 'graph', layers 0, 1, self_attn.rotary (it is shifted), but Mean KL "
-        "divergence 0.3, limit max 0.05, most of it from stage 'quantized weights'"
+        "divergence 0.3, limit max 0.1, most of it from stage 'quantized weights'"
     )
 
 
@@ -154,7 +154,7 @@ def test_faults_where_the_error_enters_come_first() -> None:
 def test_an_error_that_the_format_explains() -> None:
     found = evidence(rung("quantized weights", 0.3), rung("graph", 0.3))
     assert judged(found)[0] == (
-        "no fault found, but Mean KL divergence 0.3, limit max 0.05, most of it from stage "
+        "no fault found, but Mean KL divergence 0.3, limit max 0.1, most of it from stage "
         "'quantized weights', which is the cost of int4 block 32 here"
     )
 
