@@ -1,8 +1,9 @@
-"""Validates and diagnoses an ONNX folder wherever it lies, also one phiconv did not make.
+"""Validates and diagnoses an artifact wherever it lies, also one phiconv did not make.
 
-A validation goes the way of a recipe with one stage, `validate`, whose input is the folder as it
-is: nothing of it is copied. Its key is the digest of its files, so that reference and measurement
-are found in the workspace the next time, and other gates judge without running a model again.
+A validation goes the way of a recipe with one stage, `validate`, whose input is the artifact as it
+lies there: nothing of it is copied. Its key is the digest of its files, so that reference and
+measurement are found in the workspace the next time, and other gates judge without running a model
+again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phiconv.batch import DIST, Outcome
-from phiconv.errors import StageError
+from phiconv.errors import PhiconvError, Problems, StageError
 from phiconv.inspect import tensor_kinds
 from phiconv.plan import digest, make_plan
 from phiconv.preflight import preflight
@@ -25,7 +27,7 @@ from phiconv.recipe.model import ModelSource, Recipe, RecipeText, StageEntry, St
 from phiconv.report.results import FileRecord, RunResult
 from phiconv.resources import Meter
 from phiconv.run import Built, Runner, Shipped, assess, open_checkpoint
-from phiconv.stages.stage import ONNX, InputRef
+from phiconv.stages.stage import GGUF, ONNX, InputRef
 from phiconv.stages.validate import Validate, ValidateParams
 from phiconv.workspace import Session, Workspace
 from phiconv.workspace.session import open_session
@@ -33,7 +35,6 @@ from phiconv.workspace.store import remove_tree
 
 if TYPE_CHECKING:
     from phiconv.diagnosis import Diagnosis
-    from phiconv.onnx.folder import OnnxFolder
 
 ARTIFACT, STAGE = "artifact", "validate"
 _PLACE = "command line"
@@ -45,7 +46,8 @@ class Subject:
     """What is to be validated, and against what.
 
     Attributes:
-        artifact: The folder of the ONNX model, or the model's file.
+        artifact: The folder of the ONNX model, or the model's file; or a GGUF file, or a folder
+            with one.
         source: The checkpoint it was made from: a folder or a Hub id.
         revision: Revision of a Hub model.
         params: How it is measured, and the gates.
@@ -61,6 +63,7 @@ class Subject:
         """Names the reports: the folder, or for `dist/NAME/artifact` that NAME."""
         path = self.artifact.resolve()
         path = path.parent if path.suffix == ".onnx" else path
+        path = path.with_suffix("") if path.suffix == ".gguf" else path
         name = path.parent.name if path.name == ARTIFACT else path.name
         return _NOT_IN_A_NAME.sub("-", name).strip("-._") or ARTIFACT
 
@@ -89,26 +92,31 @@ def validate_artifact(
         StageError: The artifact is broken, is no decoder, or is not of this checkpoint.
         EnvironmentLacksError: The provider, a package or the checkpoint is missing.
     """
-    from phiconv.onnx.folder import open_folder
-
-    folder = open_folder(subject.artifact)
+    found = _find(subject.artifact)
     recipe = _recipe(subject)
+    _raise(Validate().check_inputs(subject.params, (found.kind,)))
     out = out or DIST / f"{subject.name}-validation"
     with open_session(workspace) as session:
         checkpoint = open_checkpoint(recipe, workspace, display, download=True)
-        _check_vocabulary(folder, checkpoint.config.vocab_size)
-        files = _hash(folder, workspace, display)
-        given = InputRef(ARTIFACT, ONNX, _key(files), folder.path)
+        _check_vocabulary(found, checkpoint.config.vocab_size)
+        files = _hash(found, workspace, display)
+        given = InputRef(ARTIFACT, found.kind, _key(found.kind, files), found.path)
         plan = make_plan(recipe, checkpoint, workspace, rebuild=rebuild, given=given)
         preflight([(plan, out)], workspace)
         display.begin(f"validating {recipe.name}", len(plan.at_hand))
         runner = Runner(plan, session, threads, display)
         for step in plan.at_hand:
             runner.ensure(step)
-        shipped = Shipped(given.key, files, tensor_kinds(folder.path))
+        kinds = tensor_kinds(found.path) if found.kind == ONNX else ()
+        shipped = Shipped(given.key, files, kinds)
         result = assess(plan, runner.made, shipped)
         _write(result, out, session)
-    return Outcome(recipe, Built(plan, result, folder.path, out), None)
+    return Outcome(recipe, Built(plan, result, found.path, out), None)
+
+
+def default_runtime(artifact: Path) -> str:
+    """What runs an artifact when nobody says: `onnxruntime`, or `llama.cpp` for a GGUF file."""
+    return "llama.cpp" if _is_gguf(artifact) else "onnxruntime"
 
 
 def diagnose_artifact(
@@ -174,34 +182,76 @@ def _recipe(subject: Subject) -> Recipe:
     return Recipe(text, Path(_PLACE), text_sha256, subject.source, (use,))
 
 
-def _check_vocabulary(folder: OnnxFolder, vocab_size: int) -> None:
-    if folder.vocab_size not in (None, vocab_size):
+@dataclass(frozen=True)
+class _Found:
+    """An artifact as it lies there.
+
+    Attributes:
+        kind: `onnx` or `gguf`.
+        path: What the stages get: the ONNX model's folder, or the GGUF file.
+        folder: The folder that `files` are in.
+        files: Every file that shapes the measurement.
+        vocab_size: Width of the logits, where it can be told beforehand.
+    """
+
+    kind: str
+    path: Path
+    folder: Path
+    files: tuple[str, ...]
+    vocab_size: int | None = None
+
+
+def _find(artifact: Path) -> _Found:
+    if _is_gguf(artifact):
+        from phiconv.runtimes.llama_cpp import gguf_file
+
+        file = gguf_file(artifact)
+        return _Found(GGUF, file, file.parent, (file.name,))
+    from phiconv.onnx.folder import open_folder
+
+    folder = open_folder(artifact)
+    return _Found(ONNX, folder.path, folder.path, folder.files, folder.vocab_size)
+
+
+def _is_gguf(artifact: Path) -> bool:
+    if artifact.is_file():
+        return artifact.suffix == ".gguf"
+    return any(artifact.glob("*.gguf")) and not any(artifact.glob("*.onnx"))
+
+
+def _raise(errors: Sequence[PhiconvError]) -> None:
+    if errors:
+        raise errors[0] if len(errors) == 1 else Problems(list(errors))
+
+
+def _check_vocabulary(found: _Found, vocab_size: int) -> None:
+    if found.vocab_size not in (None, vocab_size):
         raise StageError(
-            f"the artifact's vocabulary is {folder.vocab_size}, the checkpoint's is {vocab_size}",
-            where=str(folder.model),
+            f"the artifact's vocabulary is {found.vocab_size}, the checkpoint's is {vocab_size}",
+            where=str(found.path),
             remedy="give the checkpoint the artifact was made from with --reference",
         )
 
 
-def _hash(folder: OnnxFolder, workspace: Workspace, display: Display) -> tuple[FileRecord, ...]:
+def _hash(found: _Found, workspace: Workspace, display: Display) -> tuple[FileRecord, ...]:
     """The artifact's files with their digests, those not known yet hashed."""
     from phiconv.checkpoint import DigestCache
     from phiconv.checkpoint.digests import digest_files
 
-    paths = [folder.path / name for name in folder.files]
+    paths = [found.folder / name for name in found.files]
     sizes = [path.stat().st_size for path in paths]
-    progress = display.step(ARTIFACT, str(folder.path), lambda: 0)
+    progress = display.step(ARTIFACT, str(found.path), lambda: 0)
     progress.start(sum(sizes))
     digests = digest_files(
         paths,
         cache=DigestCache(workspace.digests),
         on_bytes=lambda count: progress.advance(count, "hashing"),
     )
-    return tuple(map(FileRecord, folder.files, sizes, digests))
+    return tuple(map(FileRecord, found.files, sizes, digests))
 
 
-def _key(files: tuple[FileRecord, ...]) -> str:
-    return digest({"artifact": ONNX, "files": {file.path: file.digest for file in files}})
+def _key(kind: str, files: tuple[FileRecord, ...]) -> str:
+    return digest({"artifact": kind, "files": {file.path: file.digest for file in files}})
 
 
 def _write(result: RunResult, out: Path, session: Session) -> None:

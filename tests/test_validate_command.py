@@ -10,7 +10,10 @@ import onnx
 import pytest
 
 from phiconv import machine
+from phiconv.checkpoint import Checkpoint
 from phiconv.report.document import read_report
+from phiconv.stages.convert_gguf import ConvertGguf, ConvertGgufParams
+from phiconv.stages.stage import StageContext
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.phi3_checkpoints import write_phi3_checkpoint
 from tests.terminal import Done, Terminal
@@ -129,6 +132,43 @@ def test_genai_decodes_and_generates(validate: Validate, artifact: Path) -> None
     )  # fmt: skip
     assert done.code == 0, done.out + done.err
     assert "every node on CPUExecutionProvider" in done.out
+
+
+class TestGgufFiles:
+    @pytest.fixture(scope="class")
+    def gguf(self, checkpoint: Path) -> Path:
+        pytest.importorskip("xllamacpp")
+        out = checkpoint.parent / "gguf"
+        out.mkdir()
+        params = ConvertGgufParams(file_type="Q8_0")
+        ConvertGguf().run(params, StageContext(out, (), Checkpoint(checkpoint)))
+        (file,) = out.glob("*.gguf")
+        return file
+
+    def test_llama_cpp_runs_them(self, validate: Validate, gguf: Path) -> None:
+        done = validate(gguf, "--generate-tokens", "8")
+        assert done.code == 0, done.out + done.err
+        assert f"{gguf.stem}: passed on llama.cpp" in done.out
+        assert "decode_error.max" in done.out
+        again = validate(gguf.parent, "--generate-tokens", "8", "--quiet")
+        assert again.code == 0
+        result = read_report((validate.out / "report.json").read_text(), "")
+        assert result.stages[-1].cached, "the folder and the file in it are the same artifact"
+        assert [file.path for file in result.files] == [gguf.name]
+
+    def test_no_other_runtime_does(self, validate: Validate, gguf: Path, artifact: Path) -> None:
+        done = validate(gguf, "--runtime", "onnxruntime")
+        assert done.code == 2
+        assert "runtime onnxruntime does not run an artifact of kind gguf" in done.err
+        done = validate(artifact, "--runtime", "llama.cpp")
+        assert done.code == 2
+        assert "runtime llama.cpp does not run an artifact of kind onnx" in done.err
+
+    def test_a_file_that_is_none(self, validate: Validate, gguf: Path, tmp_path: Path) -> None:
+        (tmp_path / "x.gguf").write_bytes(gguf.read_bytes()[:1000])
+        done = validate(tmp_path / "x.gguf")
+        assert done.code == 3
+        assert done.err.count("error: ") == 1
 
 
 def test_tokens_of_ones_own(validate: Validate, artifact: Path, tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ from phiconv.cli.subject import subject_options
 @subject_options(when_missing=("require", "fallback-cpu", "skip"), windows=8, window_length=512)
 @click.option(
     "--runtime",
-    type=click.Choice(["onnxruntime", "onnxruntime-genai"]),
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the artifact; onnxruntime-genai also decodes token by token and generates.",
+    type=click.Choice(["onnxruntime", "onnxruntime-genai", "llama.cpp"]),
+    help="What runs the artifact [default: onnxruntime, or llama.cpp for a GGUF file]; all but "
+    "onnxruntime also decode token by token and generate.",
 )
 @click.option(
     "--generate-tokens",
@@ -28,7 +27,7 @@ from phiconv.cli.subject import subject_options
     default=64,
     show_default=True,
     metavar="N",
-    help="Tokens of the greedy generation, with --runtime onnxruntime-genai.",
+    help="Tokens of the greedy generation, with a runtime that generates.",
 )
 @click.option(
     "--reference-device",
@@ -72,11 +71,11 @@ def validate(
     quiet: bool,
     **measured: Any,
 ) -> int:
-    """Measure any ONNX artifact against its checkpoint.
+    """Measure any artifact against its checkpoint.
 
-    ARTIFACT is a folder with a decoder as ONNX Runtime GenAI runs it, made by phiconv or not. The
-    reference and the measurement are kept in the workspace, so that judging by other gates runs no
-    model again.
+    ARTIFACT is a folder with a decoder as ONNX Runtime GenAI runs it, or a GGUF file, made by
+    phiconv or not. The reference and the measurement are kept in the workspace, so that judging by
+    other gates runs no model again.
     """
     from phiconv import machine
     from phiconv.errors import GateError
@@ -84,10 +83,11 @@ def validate(
     from phiconv.progress import make_display
     from phiconv.recipe.gates_file import read_gates, with_settings
     from phiconv.stages.validate import ValidateParams
-    from phiconv.validation import Subject, validate_artifact
+    from phiconv.validation import Subject, default_runtime, validate_artifact
     from phiconv.workspace import Workspace
 
-    generates = measured["runtime"] == "onnxruntime-genai"
+    measured["runtime"] = measured["runtime"] or default_runtime(artifact)
+    generates = ValidateParams(**measured).generates
     default = {**DEFAULT, **DEFAULT_GENERATION} if generates else DEFAULT
     base = default if gates is None else read_gates(gates, generates=generates).limits
     params = ValidateParams(gates=with_settings(base, settings), **measured)
