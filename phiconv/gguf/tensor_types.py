@@ -68,7 +68,7 @@ def assign_types(
     rules = _Rules(choice, layers, tied=OUTPUT not in columns)
     assigned = {}
     for name, width in columns.items():
-        wanted = rules.wanted(name, width)
+        wanted = rules.wanted(name)
         assigned[name] = Assignment(fitting(wanted, width), wanted)
     return assigned
 
@@ -99,7 +99,7 @@ class _Rules:
         self._attention = 0
         self._ffn_down = 0
 
-    def wanted(self, name: str, columns: int) -> TypeName:
+    def wanted(self, name: str) -> TypeName:
         choice = self._choice
         if name == TOKEN_EMBEDDING and choice.token_embedding is not None:
             return choice.token_embedding
@@ -109,7 +109,7 @@ class _Rules:
         if own is not None:
             return own
         if name == OUTPUT or (name == TOKEN_EMBEDDING and self._tied):
-            return self._head(columns)
+            return self._head()
         if self._default in FLOAT_TYPES:
             return self._default
         if name.endswith("attn_qkv.weight"):
@@ -120,14 +120,11 @@ class _Rules:
             return self._down(self._ffn_down - 1)
         return self._default
 
-    def _head(self, columns: int) -> TypeName:
+    def _head(self) -> TypeName:
         if self._choice.output is not None:
             return self._choice.output
-        if self._default in FLOAT_TYPES:
-            return self._default
-        if self._default == "Q8_0" or columns % TYPES[self._default].block_size:
-            return "Q8_0"
-        return "Q6_K"
+        # where rows are no whole blocks of Q6_K, Q8_0 is what it falls back to
+        return self._default if self._default in (*FLOAT_TYPES, "Q8_0") else "Q6_K"
 
     def _qkv(self, index: int) -> TypeName:
         match self._choice.file_type:
