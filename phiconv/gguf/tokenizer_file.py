@@ -170,9 +170,9 @@ def _check_model(model: Mapping[str, Any], where: str) -> None:
     affixes = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if kind == "BPE" and not affixes:
         return
-    what = f"a {kind} model" if kind != "BPE" else f"byte-pair encoding with {affixes[0]}"
+    what = f"{kind} model" if kind != "BPE" else f"byte-pair encoding with {affixes[0]}"
     raise CheckpointError(
-        f"llama.cpp has no {what} for Phi-3",
+        f"llama.cpp takes no {what} for Phi-3",
         where=where,
         remedy="use the tokenizer that belongs to this checkpoint",
     )
