@@ -60,11 +60,16 @@ def _memory_errors(plans: Sequence[Plan]) -> list[PhiconvError]:
 def _disk_errors(builds: Sequence[tuple[Plan, Path]], workspace: Workspace) -> list[PhiconvError]:
     steps = {step.key: step for plan, _ in builds for step in plan.to_build}
     needed = sum(step.estimate.disk_bytes for step in steps.values() if step.estimate)
-    wanted = [(workspace.home, needed, "set PHICONV_HOME to a larger disk")]
+    elsewhere: list[tuple[Path, int, str]] = []
     for plan, out in builds:
         shipped = plan.step(plan.shipped).estimate if plan.given is None else None
-        if shipped and not same_device(workspace.home, out):
-            wanted.append((out, shipped.disk_bytes, "choose a larger disk with --out"))
+        if shipped is None:
+            continue
+        if same_device(workspace.home, out):
+            needed += shipped.disk_bytes
+        else:
+            elsewhere.append((out, shipped.disk_bytes, "choose a larger disk with --out"))
+    wanted = [(workspace.home, needed, "set PHICONV_HOME to a larger disk"), *elsewhere]
     return [
         EnvironmentLacksError(
             f"about {size_text(size)} of disk is needed, {size_text(free)} is free",

@@ -25,9 +25,6 @@ from phiconv.workspace.store import remove_tree
 
 ARTIFACT, REPORT, MANIFEST = "artifact", "report", "manifest.json"
 MANIFEST_VERSION = 1
-LINKED_BYTES = 16 << 20
-"""Files from this size on are linked to the workspace rather than copied."""
-
 _JOURNAL = ".phiconv-publish.json"
 _NEW, _OLD = ".phiconv-new", ".phiconv-old"
 _OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
@@ -183,29 +180,24 @@ def _prepare(
 ) -> None:
     (new / ARTIFACT).mkdir(parents=True)
     (new / REPORT).mkdir()
-    for name, stamp in entry.files.items():
+    for name in entry.files:
         target = new / ARTIFACT / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        place_file(entry.path / name, target, link=stamp.size >= LINKED_BYTES)
+        place_file(entry.path / name, target)
     write_report(new / REPORT)
     for path in _files(new):
-        if path.stat().st_nlink == 1:
-            flush_file(path)
+        flush_file(path)
     report = [path.relative_to(new / REPORT).as_posix() for path in _files(new / REPORT)]
     _write_json(new / MANIFEST, {**document, REPORT: report})
 
 
-def place_file(source: Path, target: Path, *, link: bool) -> None:
-    """Copies a file, or, with `link`, shares its blocks where the file system can.
+def place_file(source: Path, target: Path) -> None:
+    """Copies a file, sharing its blocks where the file system can (a reflink).
 
-    A reflink is tried first, because changing such a file does not change the source; then a hard
-    link; then, as across devices, a copy. The time of modification is the source's.
+    Never a hard link: onnx and onnx_ir refuse external data that has two names. The time of
+    modification is the source's.
     """
-    if link and not _reflink(source, target):
-        with suppress(OSError):
-            os.link(source, target)
-            return
-    if not target.exists():
+    if not _reflink(source, target):
         shutil.copyfile(source, target)
     shutil.copystat(source, target)
 

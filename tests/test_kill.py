@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from phiconv.publish import LINKED_BYTES
 from phiconv.workspace.entry import sha256_file
 from tests.toy_stages import Bench, assert_whole
 
 ROOT = Path(__file__).parent.parent
-COPIED = 1 << 20
-LINKED = LINKED_BYTES + 4
-"""Sizes of the artifact's parts: below and above what is linked into the output."""
+SMALL, LARGE = 1 << 20, 16 << 20
+"""Sizes of the artifact's parts in bytes."""
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 
@@ -94,12 +92,12 @@ def kill_builds(
 
 
 def test_three_kills(bench: Bench) -> None:
-    kill_builds(bench, 3, 1, lambda bench, *options: start(bench, COPIED, *options))
+    kill_builds(bench, 3, 1, lambda bench, *options: start(bench, SMALL, *options))
 
 
 @pytest.mark.slow
 def test_twenty_kills(bench: Bench) -> None:
-    kill_builds(bench, 20, 2, lambda bench, *options: start(bench, LINKED, *options))
+    kill_builds(bench, 20, 2, lambda bench, *options: start(bench, LARGE, *options))
 
 
 @pytest.mark.slow
@@ -114,7 +112,7 @@ def test_twenty_kills_of_a_real_build(bench: Bench) -> None:
 def test_a_signal_ends_a_build_with_one_line_and_no_leftovers(
     bench: Bench, number: signal.Signals, code: int, word: str
 ) -> None:
-    process = start(bench, COPIED, pause=30)
+    process = start(bench, SMALL, pause=30)
     assert process.stderr is not None
     for line in process.stderr:
         if "int4.onnx" in line:

@@ -27,7 +27,7 @@ def free_bytes(path: Path) -> int:
 
 
 def same_device(one: Path, other: Path) -> bool:
-    """Whether hard links between the two places are possible."""
+    """Whether the two places share their free space."""
     return existing_parent(one).stat().st_dev == existing_parent(other).stat().st_dev
 
 

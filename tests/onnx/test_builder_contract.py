@@ -85,6 +85,15 @@ def test_fp32_logits_equal_hugging_face(tmp_path: Path, overrides: dict[str, obj
     assert np.abs(difference).max() <= 1e-4
 
 
+def test_the_builder_itself_leaves_the_sliding_window_out(tmp_path: Path) -> None:
+    """Why phiconv sets it; when this fails, the builder has learned it."""
+    path = write_phi3_checkpoint(tmp_path / "checkpoint", dtype="f32", sliding_window=16)
+    theirs = build_with_builder(path, tmp_path / "theirs", "fp32", "cpu")
+    difference = np.abs(onnx_logits(theirs, IDS) - hugging_face_logits(path, IDS)).max(axis=1)
+    assert difference[:16].max() <= 1e-4
+    assert difference[16:].min() > 1e-3
+
+
 def test_gate_up_as_wide_as_the_vocabulary_is_not_the_head(tmp_path: Path) -> None:
     path = write_phi3_checkpoint(tmp_path / "checkpoint", dtype="f32", intermediate_size=176)
     config = json.loads((path / "config.json").read_text())
