@@ -109,7 +109,7 @@ class _GgufWeights:
 
         stored = self._stored[name]
         values: NDArray[Any] = dequantize(stored.data[start:stop], stored.tensor_type)
-        return np.ascontiguousarray(values, np.float32)
+        return np.array(values, np.float32)  # F32 would be a view of the mapped file
 
 
 def _info(name: str, checkpoint: Checkpoint, dimensions: Any) -> TensorInfo:

@@ -159,7 +159,8 @@ class ConvertGguf:
             file_type=params.file_type,
             parameters=plan.parameters,
         )
-        for line in (*plan.fallbacks, *vocabulary.limits):
+        limits = (*vocabulary.limits, *_attention_limits(ctx.checkpoint.config))
+        for line in (*plan.fallbacks, *limits):
             ctx.progress.note(line)
         written = write_gguf(
             ctx.out / params.file_name,
@@ -176,7 +177,7 @@ class ConvertGguf:
             "source_bytes": written.source_bytes,
             "tensors": len(plan.tensors),
             "fallbacks": "; ".join(plan.fallbacks) or "none",
-            "tokenizer_limits": "; ".join(vocabulary.limits) or "none",
+            "limits": "; ".join(limits) or "none",
             "tensor_kinds": _tensor_kinds(plan),
         }
 
@@ -198,6 +199,14 @@ def _choice(params: ConvertGgufParams, unused: set[str]) -> TypeChoice:
         output=params.output_type,
         override=override,
     )
+
+
+def _attention_limits(config: ModelConfig) -> tuple[str, ...]:
+    """What llama.cpp does otherwise beyond a sliding window."""
+    window = config.sliding_window
+    if window is None or window >= config.max_position_embeddings:
+        return ()
+    return (f"llama.cpp attends to every position, the model to the last {window}",)
 
 
 _KINDS = {"attn": "attention", "ffn": "mlp", "token_embd": "embedding", "output": "lm_head"}

@@ -21,7 +21,7 @@ def sentencepiece_document(entries: int = 400) -> dict[str, Any]:
     merge last, and every way to cut an entry in two is a merge.
     """
     found, characters = _trained(entries)
-    runs = [SPACE * length for length in (2, 4, 3, 8)]
+    runs = [SPACE * length for length in (2, 4, 8, 5, 6, 3, 7)]
     pieces = [runs[0], *found[:40], *runs[1:], *found[40:], *characters]
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocabulary = {text: token for token, text in enumerate(texts)}
@@ -96,8 +96,7 @@ def _merges(vocabulary: dict[str, int], last: set[str]) -> list[tuple[str, str]]
 
     def place(pair: tuple[str, str]) -> tuple[bool, int, int, int]:
         made = pair[0] + pair[1]
-        rank = 0 if made in last else vocabulary[made]
-        return made in last, rank, len(pair[0]), len(pair[1])
+        return made in last, vocabulary[made], len(pair[0]), len(pair[1])
 
     return sorted(pairs, key=place)
 
