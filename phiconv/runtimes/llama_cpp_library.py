@@ -212,7 +212,6 @@ class Library:
         return "; ".join(line.strip() for line in list(self.log)[-3:] if line.strip())
 
 
-@cache
 def open_library() -> Library:
     """Opens the installed llama.cpp.
 
@@ -222,7 +221,11 @@ def open_library() -> Library:
     found = machine.llama_cpp_binding()
     if found is None:
         raise EnvironmentLacksError(_why_missing(), where="llama.cpp", remedy=REMEDY)
-    name, version = found
+    return _opened(*found)
+
+
+@cache
+def _opened(name: str, version: str) -> Library:
     try:
         calls = ctypes.CDLL(str(_library_file(name)))
         for function, (result, arguments) in _FUNCTIONS.items():

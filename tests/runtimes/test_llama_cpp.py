@@ -211,7 +211,6 @@ def test_more_tokens_than_the_context_holds(f32: Path) -> None:
 
 
 def test_a_binding_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "open_library", library.open_library.__wrapped__)
     monkeypatch.setattr(machine, "LLAMA_CPP_BINDINGS", {"numpy": "0.0.1"})
     with pytest.raises(EnvironmentLacksError, match="only the structures of numpy"):
         choose_llama_cpp("require")
@@ -220,7 +219,6 @@ def test_a_binding_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_binding_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "open_library", library.open_library.__wrapped__)
     monkeypatch.setattr(machine, "LLAMA_CPP_BINDINGS", {"no-such-package": "1"})
     with pytest.raises(EnvironmentLacksError, match="no package that carries") as caught:
         choose_llama_cpp("require")
