@@ -116,7 +116,7 @@ def make_plans(
     registry: Mapping[str, Stage] = STAGES,
     *,
     rebuild: bool = False,
-    download: bool = False,
+    build: bool = False,
 ) -> list[Plan]:
     """Plans every recipe; recipes with one source share the opened checkpoint.
 
@@ -126,7 +126,7 @@ def make_plans(
         display: Where progress is shown.
         registry: The stages.
         rebuild: Treat every step as not cached.
-        download: Whether models may be downloaded.
+        build: Whether this is to build, not only to plan; see `open_checkpoint`.
 
     Raises:
         PhiconvError: A source cannot be opened, or a stage cannot work with it.
@@ -136,7 +136,7 @@ def make_plans(
     for recipe in recipes:
         source = (recipe.source, recipe.text.model.revision)
         if source not in opened:
-            opened[source] = open_checkpoint(recipe, workspace, display, download=download)
+            opened[source] = open_checkpoint(recipe, workspace, display, build=build)
         plans.append(make_plan(recipe, opened[source], workspace, registry, rebuild=rebuild))
     return plans
 
@@ -175,7 +175,7 @@ def build_all(
         check_page(page)
     outcomes: list[Outcome] = []
     with open_session(workspace) as session:
-        plans = make_plans(recipes, workspace, display, registry, rebuild=rebuild, download=True)
+        plans = make_plans(recipes, workspace, display, registry, rebuild=rebuild, build=True)
         preflight([(plan, folders[plan.recipe.name]) for plan in plans], workspace)
         for plan in plans:
             for warning in plan.warnings:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,7 @@ from phiconv.stages.stage import (
     Artifact,
     Gated,
     InputRef,
+    Preloading,
     StageContext,
 )
 from phiconv.units import size_text
@@ -72,7 +75,7 @@ class Made:
 
 
 def open_checkpoint(
-    recipe: Recipe, workspace: Workspace, display: Display, *, download: bool
+    recipe: Recipe, workspace: Workspace, display: Display, *, build: bool
 ) -> Checkpoint:
     """Opens a recipe's source and hashes what was not hashed before.
 
@@ -80,7 +83,8 @@ def open_checkpoint(
         recipe: The recipe.
         workspace: Keeps the digests.
         display: Where progress is shown.
-        download: Whether a model of the Hub may be downloaded.
+        build: Whether this is to build, not only to plan: a model of the Hub may be downloaded,
+            and what the stages need is imported meanwhile.
 
     Raises:
         CheckpointError: The checkpoint is broken, incomplete or unsupported.
@@ -94,12 +98,23 @@ def open_checkpoint(
             recipe.source,
             recipe.text.model.revision,
             DigestCache(workspace.digests),
-            download=download,
+            download=build,
             on_bytes=lambda count: progress.advance(count, "downloading"),
         )
         progress.start(checkpoint.file_nbytes)
+        if build and not checkpoint.is_hashed():
+            # Nothing of an unknown checkpoint is cached: every stage will run.
+            threading.Thread(target=_preload, args=[recipe], name="phiconv-preload").start()
         checkpoint.hash_files(on_bytes=lambda count: progress.advance(count, "hashing"))
     return checkpoint
+
+
+def _preload(recipe: Recipe) -> None:
+    """Imports what the stages need; what is missing is said by the stage that needs it."""
+    for use in recipe.stages:
+        if isinstance(use.stage, Preloading):
+            with suppress(PhiconvError, ImportError):
+                use.stage.preload()
 
 
 def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Display) -> Built:

@@ -171,6 +171,13 @@ class Checkpoint:
             self._digests = dict(zip(names, digests, strict=True))
         return dict(self._digests)
 
+    def is_hashed(self) -> bool:
+        """Whether `hash_files` needs to read no file."""
+        if self._digests is not None:
+            return True
+        paths = [self.path / name for name in (*self.files, *self.weight_files)]
+        return self._digest_cache is not None and len(self._digest_cache.find(paths)) == len(paths)
+
     @property
     def file_nbytes(self) -> int:
         """Bytes of all files that shape the output."""

@@ -17,7 +17,8 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, ExportError
@@ -186,9 +187,7 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
     """Instantiate the builder's Phi-3 class with lazy weights and recorded initializers."""
     import onnx_ir as ir
 
-    _import_builder()
-    from builders import Phi3MiniLongRoPEModel, Phi3MiniModel
-
+    builder_module = import_builder()
     config = checkpoint.config
     window = config.sliding_window
     windowed = (
@@ -196,7 +195,8 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
         and window is not None
         and window < config.max_position_embeddings
     )
-    base: Any = Phi3MiniLongRoPEModel if config.rope is not None else Phi3MiniModel
+    name = "Phi3MiniModel" if config.rope is None else "Phi3MiniLongRoPEModel"
+    base: Any = getattr(builder_module, name)
 
     class LazyBuilder(base):  # type: ignore[misc]
         lazy: dict[str, Expression]
@@ -238,10 +238,15 @@ def _make_builder(checkpoint: Checkpoint, provider: Provider, precision: Precisi
     return builder
 
 
-def _import_builder() -> None:
-    """Make the builder's top-level modules importable, as its own package does on import."""
+def import_builder() -> ModuleType:
+    """The builder's main module; importing it takes seconds, and torch and transformers with it.
+
+    Raises:
+        EnvironmentLacksError: It is not installed, or of a series that the contract does not cover.
+    """
     version = machine.version("onnxruntime-genai")
     try:
+        # Importing its package puts the builder's own modules on the path.
         import onnxruntime_genai.models  # noqa: F401
     except ImportError as error:
         raise EnvironmentLacksError(
@@ -254,14 +259,14 @@ def _import_builder() -> None:
             f"this is {version}",
             remedy="export with the extra cpu or cuda; the artifact then runs and validates here",
         )
+    import builder
+
+    return cast(ModuleType, builder)
 
 
 def _hugging_face_config(checkpoint: Checkpoint) -> Any:
     """The transformers configuration as the builder expects it."""
     from transformers import AutoConfig, AutoTokenizer
-
-    _import_builder()
-    from builder import add_special_token_ids
 
     path = str(checkpoint.path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -274,7 +279,9 @@ def _hugging_face_config(checkpoint: Checkpoint) -> Any:
         # `factor` and `attention_factor`, and no other key.
         scale = checkpoint.config.rope.attention_factor
         rope |= {"short_mscale": scale, "long_mscale": scale}
-    add_special_token_ids(config, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    import_builder().add_special_token_ids(
+        config, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    )
     return config
 
 

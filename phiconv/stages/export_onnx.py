@@ -70,6 +70,12 @@ class ExportOnnx:
         remedy = "pip install 'phiconv[cpu]' (or [cuda], [dml])"
         return (Requirement("module", "onnxruntime_genai", remedy=remedy),)
 
+    def preload(self) -> None:
+        """Imports torch, transformers and the builder."""
+        from phiconv.onnx.builder import import_builder
+
+        import_builder()
+
     def run(self, params: ExportOnnxParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.onnx.builder import build_graph
         from phiconv.onnx.graph import GENAI_FOLDER

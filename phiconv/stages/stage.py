@@ -269,6 +269,15 @@ class InputChecking(Protocol):
 
 
 @runtime_checkable
+class Preloading(Protocol):
+    """A stage whose imports take seconds, which can pass while the checkpoint is hashed."""
+
+    def preload(self) -> None:
+        """Imports what `run` needs; called in a thread of its own, and only when it will run."""
+        ...
+
+
+@runtime_checkable
 class Prerequisites(Protocol):
     """A stage that needs another stage's artifact which the recipe does not spell out."""
 
