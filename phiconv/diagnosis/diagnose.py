@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,7 @@ from phiconv.diagnosis.config_lint import lint_config
 from phiconv.diagnosis.decoder_graph import DecoderGraph, read_decoder
 from phiconv.diagnosis.ladder import ACTIVATIONS, GRAPH, PROVIDER, Ladder
 from phiconv.diagnosis.probe import rounds_activations
-from phiconv.diagnosis.residual import StreamErrors, stream_errors
+from phiconv.diagnosis.residual import StreamErrors, layer_errors, stream_errors
 from phiconv.diagnosis.results import Diagnosis
 from phiconv.diagnosis.sqnr import tensor_errors
 from phiconv.diagnosis.verdict import Evidence, find_faults, verdict
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phiconv.checkpoint import Checkpoint, ModelConfig
-    from phiconv.diagnosis.results import Finding, TensorError
+    from phiconv.diagnosis.results import Finding, LayerError, TensorError
     from phiconv.diagnosis.weight_map import WeightPart
     from phiconv.report.results import Provenance
+    from phiconv.runtimes.reference import Device
     from phiconv.stages.stage import Progress
     from phiconv.tokens import TokenSet
 
@@ -122,6 +123,66 @@ def lint_artifact(artifact: Path, config: ModelConfig) -> list[Finding]:
     return _lint(read_decoder(_load(file), str(file)), config)
 
 
+def measure_layers(
+    artifact: Path,
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    *,
+    provider: str,
+    threads: int,
+    device: Device = "cpu",
+) -> list[LayerError]:
+    """The error of an artifact's residual stream after every layer, and what each layer adds.
+
+    The part of `diagnose` that costs little. Memory: the artifact in its runtime, one layer of the
+    checkpoint in fp32, and the residual stream of all layers (tokens x layers x hidden_size x
+    12 bytes).
+
+    Args:
+        artifact: Its folder.
+        checkpoint: What it was made from.
+        windows: Token ids [n, T]; one short window will do.
+        provider: Where it runs, by ONNX Runtime's name.
+        threads: CPU threads.
+        device: Where the reference is computed.
+
+    Returns:
+        The embedding, then the layers that graph and checkpoint both have, in order.
+
+    Raises:
+        StageError: The graph is no decoder that could be read, is of another width, or the runtime
+            failed.
+        EnvironmentLacksError: The provider is missing.
+    """
+    file = model_file(artifact)
+    graph = read_decoder(_load(file), str(file))
+    states, _ = _reference_states(checkpoint, windows, threads=threads, device=device)
+    return layer_errors(
+        graph, checkpoint, file, windows, states, provider=provider, threads=threads
+    )
+
+
+def _reference_states(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    *,
+    threads: int,
+    device: Device = "cpu",
+    advance: Callable[[int, str], None] | None = None,
+) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """The reference's residual stream by layer, the embedding first; its final hidden states."""
+    states: list[NDArray[np.float32]] = []
+    hidden = final_hidden_states(
+        checkpoint,
+        windows,
+        device=device,
+        threads=threads,
+        advance=advance,
+        observe=lambda _, stream: states.append(stream.copy()),
+    )
+    return states, hidden
+
+
 def _lint(graph: DecoderGraph, config: ModelConfig) -> list[Finding]:
     return [*lint_config(graph, config), *lint_wiring(graph, config)]
 
@@ -147,16 +208,10 @@ class _Run:
 
     def reference(self) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
         """The reference's residual stream by layer, and its final hidden states."""
-        states: list[NDArray[np.float32]] = []
         self.progress.start(self.windows.size * self.checkpoint.config.num_hidden_layers, "tokens")
-        hidden = final_hidden_states(
-            self.checkpoint,
-            self.windows,
-            threads=self.threads,
-            advance=self.progress.advance,
-            observe=lambda index, stream: states.append(stream.copy()),
+        return _reference_states(
+            self.checkpoint, self.windows, threads=self.threads, advance=self.progress.advance
         )
-        return states, hidden
 
     def stream(self, states: Sequence[NDArray[np.float32]]) -> StreamErrors:
         """Every layer and step of the artifact."""

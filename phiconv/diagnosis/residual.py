@@ -23,6 +23,7 @@ from phiconv.diagnosis.operators import (
 from phiconv.diagnosis.probe import Probe
 from phiconv.diagnosis.reference_steps import ReferenceLayer, ReferenceSteps
 from phiconv.diagnosis.results import LayerError, OperatorError
+from phiconv.errors import StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +70,7 @@ def stream_errors(
     """
     config = checkpoint.config
     steps = ReferenceSteps(checkpoint, windows.shape[1], threads)
-    layers = [LayerError(-1, None)]
+    layers: list[LayerError] = []
     first: list[OperatorError] = []
     inner: list[OperatorError] = []
     last: list[OperatorError] = []
@@ -83,13 +84,44 @@ def stream_errors(
         whole = probe.run(windows[worst], _names(values))
         if begins:
             first, last = end_operators(graph, whole, windows[worst], steps)
-            layers = [LayerError(-1, _relative(_at(streams, _start(group[0])), states[0]))]
         for layer in group:
             inner += layer_operators(graph, layer, whole, steps, config)
-            if layer.index < config.num_hidden_layers:
-                layers.append(_layer_error(graph, layer, streams, states, steps))
+            layers += _layer_errors(graph, layer, streams, states, steps)
             advance(windows.size, f"layer {layer.index}")
     return StreamErrors(layers, [*first, *inner, *last])
+
+
+def layer_errors(
+    graph: DecoderGraph,
+    checkpoint: Checkpoint,
+    file: Path,
+    windows: NDArray[np.int64],
+    states: Sequence[NDArray[np.float32]],
+    *,
+    provider: str,
+    threads: int,
+) -> list[LayerError]:
+    """The layers of `stream_errors` without their steps.
+
+    The residual stream of every layer is in memory at once: give it a short window.
+
+    Raises:
+        StageError: The graph's residual stream is not as wide as the checkpoint's, or the runtime
+            failed.
+    """
+    points = [point for layer in graph.layers for point in _points(graph, layer) if point]
+    config = checkpoint.config
+    probe = Probe(graph.model, points, file, provider=provider, threads=threads, config=config)
+    streams = _streams(probe, windows, graph.layers, graph)
+    widths = {stream.shape[-1] for stream in streams.values()} - {config.hidden_size}
+    if widths:
+        raise StageError(
+            f"the residual stream is {min(widths)} wide, the checkpoint's {config.hidden_size}",
+            where=str(file),
+        )
+    steps = ReferenceSteps(checkpoint, windows.shape[1], threads)
+    errors = (_layer_errors(graph, layer, streams, states, steps) for layer in graph.layers)
+    return [error for found in errors for error in found]
 
 
 def _streams(
@@ -129,16 +161,20 @@ def _worst_window(
     return int(np.square(difference).sum(axis=(1, 2)).argmax())
 
 
-def _layer_error(
+def _layer_errors(
     graph: DecoderGraph,
     layer: DecoderLayer,
     streams: Mapping[str, NDArray[Any]],
     states: Sequence[NDArray[np.float32]],
     steps: ReferenceSteps,
-) -> LayerError:
+) -> list[LayerError]:
+    """That of one layer, none where the checkpoint has no such layer; the embedding's before 0."""
+    if layer.index + 1 >= len(states):
+        return []
     before, middle, after = (_at(streams, point) for point in _points(graph, layer))
+    embedding = [LayerError(-1, _relative(before, states[0]))] if layer.index == 0 else []
     added, attention, mlp = _local_errors(before, middle, after, steps.layer(layer.index))
-    return LayerError(
+    found = LayerError(
         layer=layer.index,
         relative_error=_relative(after, states[layer.index + 1]),
         inherited=_relative(before, states[layer.index]),
@@ -146,6 +182,7 @@ def _layer_error(
         attention=attention,
         mlp=mlp,
     )
+    return [*embedding, found]
 
 
 def _local_errors(

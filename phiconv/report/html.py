@@ -12,7 +12,12 @@ from markupsafe import Markup
 
 from phiconv.metrics import METRICS
 from phiconv.report import text
-from phiconv.report.plots import kl_by_position_svg, kl_by_size_svg, kl_distribution_svg
+from phiconv.report.plots import (
+    kl_by_position_svg,
+    kl_by_size_svg,
+    kl_distribution_svg,
+    layer_errors_svg,
+)
 from phiconv.report.results import RunResult, Validation
 
 
@@ -117,4 +122,8 @@ def _plots(validation: Validation) -> list[Plot]:
             measurement.kl_by_position, validation.stage, measurement.tokens.window_length
         )
         plots.append(Plot(Markup(svg), "KL divergence along the window"))
+    if measurement.layers:
+        svg = layer_errors_svg(measurement.layers, validation.stage)
+        caption = "Residual stream after each layer: its error, and the layer's own part of it"
+        plots.append(Plot(Markup(svg), caption))
     return plots

@@ -36,6 +36,8 @@ def _validation(validation: Validation) -> list[str]:
         lines += ["", *(f"- {_escape(failure)}" for failure in failures)]
     if measurement.status == "measured":
         lines += ["", *_metrics(validation)]
+        layers = text.worst_layer(measurement) or measurement.layers_note
+        lines += ["", _escape(layers)] if layers else []
     if measurement.checks:
         lines += ["", *map(_check, measurement.checks)]
     return lines

@@ -6,10 +6,10 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from phiconv.report.results import Histogram, PositionError
+from phiconv.report.results import Histogram, LayerErrorRecord, PositionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,6 +104,41 @@ def kl_by_position_svg(error: PositionError, name: str, window_length: int) -> s
         axes.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, 1.14), borderpad=0)
 
     return _svg(draw, f"KL by position of {name}")
+
+
+def layer_errors_svg(layers: Sequence[LayerErrorRecord], name: str) -> str:
+    """The residual stream's error after every layer, and what each layer adds of its own."""
+    import numpy as np
+
+    indices = [layer.layer for layer in layers]
+    whole, own = (
+        np.array([np.nan if value is None else value for value in values])
+        for values in (
+            [layer.relative_error for layer in layers],
+            [layer.own_error for layer in layers],
+        )
+    )
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        axes.plot(indices, whole, color=_SECOND, linewidth=1.6, marker=".", label="in all")
+        axes.plot(indices, own, color=_ACCENT, linestyle="", marker="o", markersize=4, label="own")
+        drawn = np.concatenate([whole, own])
+        drawn = drawn[drawn > 0]  # no error at all has no place on the axis
+        if drawn.size:
+            axes.set_yscale("log", nonpositive="mask")
+            _logarithmic_ticks(axes.yaxis, drawn.min(), drawn.max())
+        axes.set_xlim(-1.5, max(indices, default=0) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: "emb." if value == -1 else f"{value:.0f}")
+        )
+        axes.set_xlabel("layer")
+        axes.set_ylabel("relative error")
+        axes.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, 1.14), borderpad=0)
+
+    return _svg(draw, f"Error by layer of {name}")
 
 
 def kl_by_size_svg(points: Mapping[str, tuple[int, float]]) -> str:

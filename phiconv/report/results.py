@@ -120,6 +120,24 @@ class PositionError:
 
 
 @dataclass(frozen=True)
+class LayerErrorRecord:
+    """The residual stream after one decoder layer against the reference's, on one short window.
+
+    Attributes:
+        layer: Index of the layer; -1 is the embedding.
+        relative_error: |artifact - reference| / |reference| after it, Euclidean, over the window;
+            None where it is not finite.
+        own_error: The same of what the layer makes of the artifact's own input, against the
+            reference's layer on that same input: the part that is not inherited. The embedding
+            inherits nothing.
+    """
+
+    layer: int
+    relative_error: float | None
+    own_error: float | None
+
+
+@dataclass(frozen=True)
 class Check:
     """Something that was looked at besides the logits.
 
@@ -149,6 +167,8 @@ class Measurement:
             checks when not run.
         kl_histogram: Distribution of the KL divergence over all positions.
         kl_by_position: The same along the window.
+        layers: Error by decoder layer, where it was measured.
+        layers_note: Why it could not be measured, if it was to be.
     """
 
     status: Literal["measured", "not_run"]
@@ -158,6 +178,8 @@ class Measurement:
     kl_histogram: Histogram | None = None
     kl_by_position: PositionError | None = None
     checks: tuple[Check, ...] = ()
+    layers: tuple[LayerErrorRecord, ...] = ()
+    layers_note: str = ""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,24 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def worst_layer(measurement: Measurement) -> str:
+    """The layer that adds most error, in a few words; empty where none was measured."""
+    found = [
+        (layer.own_error, layer.layer)
+        for layer in measurement.layers
+        if layer.own_error is not None
+    ]
+    if not found:
+        return ""
+    own, layer = max(found)
+    where = "the embedding" if layer < 0 else f"layer {layer}"
+    last = measurement.layers[-1]
+    return (
+        f"Relative error of the residual stream {number(last.relative_error)} after "
+        f"layer {last.layer}; {where} adds most, {number(own)}"
+    )
+
+
 def limit(value: float) -> str:
     """A gate's limit, as the recipe says it: every digit counts."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)

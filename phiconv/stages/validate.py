@@ -83,6 +83,11 @@ class ValidateParams(TokenSetParams):
         description="Tokens of the greedy generation, with runtime: onnxruntime-genai or "
         "llama.cpp.",
     )
+    layer_errors: bool = Field(
+        True,
+        description="Also measure the error of every layer of an ONNX artifact, on the first 128 "
+        "tokens.",
+    )
     gates: dict[str, Gate] = Field(
         default_factory=dict,
         description="Metric name to the least (min) and greatest (max) value that passes.",
@@ -109,7 +114,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
@@ -178,6 +183,8 @@ class Validate:
         if params.runtime == "llama.cpp":
             key["binding"] = machine.llama_cpp_binding()
             key["gguf"] = machine.version("gguf")
+        else:
+            key["layer_errors"] = params.layer_errors
         return key
 
     def requires(self, params: ValidateParams) -> tuple[Requirement, ...]:
@@ -215,6 +222,7 @@ class Validate:
             measurement = Measurement("not_run", reference.tokens, nowhere)
         else:
             measurement = _measure(params, choice, reference, ctx)
+            measurement = _with_layers(measurement, params, reference, ctx)
         measurement = _with_checks(measurement, static)
         text = measurement_json(measurement)
         (ctx.out / MEASUREMENT_FILE).write_text(text, encoding="utf-8", newline="\n")
@@ -263,6 +271,32 @@ def _with_checks(measurement: Measurement, static: Checked) -> Measurement:
         found = joined([check_placement(measurement.provenance), static])
     metrics = {**measurement.metrics, **found.counts}
     return replace(measurement, metrics=metrics, checks=found.checks)
+
+
+def _with_layers(
+    measurement: Measurement,
+    params: ValidateParams,
+    reference: StoredReference,
+    ctx: StageContext,
+) -> Measurement:
+    """The measurement with the error of every layer; the runtime's session is gone by now."""
+    from dataclasses import replace
+
+    from phiconv.stages.layer_errors import measure
+
+    provider = measurement.provenance.provider
+    if not params.layer_errors or params.runtime == "llama.cpp" or provider is None:
+        return measurement
+    ctx.progress.advance(0, "layers")
+    layers, note = measure(
+        _artifact(params, ctx),
+        ctx.checkpoint,
+        reference.windows,
+        provider=provider,
+        threads=ctx.threads,
+        device=params.reference_device,
+    )
+    return replace(measurement, layers=layers, layers_note=note)
 
 
 def _measure(

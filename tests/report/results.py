@@ -13,6 +13,7 @@ from phiconv.report.results import (
     Check,
     CheckpointRecord,
     FileRecord,
+    LayerErrorRecord,
     Measurement,
     Provenance,
     RunResult,
@@ -59,6 +60,19 @@ def measured(
         kl_histogram=kl_histogram(kl),
         kl_by_position=kl_by_position(kl),
     )
+
+
+LAYERS = (
+    LayerErrorRecord(-1, 0.0, 0.0),
+    LayerErrorRecord(0, 0.012, 0.012),
+    LayerErrorRecord(1, 0.034, 0.031),
+    LayerErrorRecord(2, 0.021, 0.008),
+)
+
+
+def with_layers(measurement: Measurement) -> Measurement:
+    """The measurement with the error of three layers, layer 1 the worst."""
+    return replace(measurement, layers=LAYERS)
 
 
 CHECKS = (

@@ -11,8 +11,8 @@ import pytest
 from phiconv.report import write_reports
 from phiconv.report.distribution import kl_by_position, kl_histogram
 from phiconv.report.html import index_html, report_html
-from phiconv.report.plots import kl_by_position_svg, kl_distribution_svg
-from phiconv.report.results import Histogram, PositionError
+from phiconv.report.plots import kl_by_position_svg, kl_distribution_svg, layer_errors_svg
+from phiconv.report.results import Histogram, LayerErrorRecord, PositionError
 from tests.report.results import (
     DML,
     every_status,
@@ -22,6 +22,7 @@ from tests.report.results import (
     result,
     validation,
     with_checks,
+    with_layers,
 )
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -105,6 +106,16 @@ def test_checks_stand_in_the_page_with_what_they_found() -> None:
         assert "Nodes the target does not serve" not in words, "it stands with the checks"
 
 
+def test_the_error_by_layer_stands_in_the_page() -> None:
+    page = Page(report_html(result(validation("check", with_layers(measured())))))
+    assert page.tags.count("svg") == 3
+    assert "Residual stream after each layer" in " ".join(page.words)
+    noted = replace(measured(), layers_note="Not measured by layer: ONNX has no attention")
+    page = Page(report_html(result(validation("check", noted))))
+    assert page.tags.count("svg") == 2
+    assert "Not measured by layer: ONNX has no attention" in page.words
+
+
 def test_a_build_without_validation_has_a_page_too() -> None:
     page = Page(report_html(replace(result(), tensor_kinds=(), files=())))
     assert "built, not validated" in page.words
@@ -142,6 +153,21 @@ def test_plots_take_the_pages_colours_and_keep_their_text(svg: str) -> None:
 def test_plots_of_unusual_values(kl: np.ndarray) -> None:
     kl_distribution_svg(kl_histogram(kl), "check", mean=float(kl.mean()))
     kl_by_position_svg(kl_by_position(kl), "check", kl.shape[1])
+
+
+def test_the_plot_of_layers_takes_the_pages_colours_and_keeps_its_text() -> None:
+    svg = layer_errors_svg(with_layers(measured()).layers, "check")
+    assert not re.search(r"#[0-9a-fA-F]{6}\b", svg), "a fixed colour is wrong in the dark"
+    for text in ("var(--accent)", "var(--second)", "relative error</text>", ">emb.</text>"):
+        assert text in svg, text
+    for text in ("in all</text>", "own</text>", ">2</text>"):
+        assert text in svg, text
+
+
+@pytest.mark.parametrize("error", [None, 0.0, 1e-7, 1e6])
+def test_the_plot_of_layers_with_unusual_errors(error: float | None) -> None:
+    layers = [LayerErrorRecord(-1, 0.0, 0.0), LayerErrorRecord(0, error, None)]
+    assert layer_errors_svg(layers, "check").endswith("</svg>")
 
 
 def test_plots_without_values() -> None:

@@ -11,6 +11,7 @@ from tests.report.results import (
     result,
     validation,
     with_checks,
+    with_layers,
 )
 
 # What GitHub allows in one comment.
@@ -37,6 +38,13 @@ def test_it_renders_with_every_table_and_fits_a_comment() -> None:
     assert "<li>failed: top1_agreement measured 0.5, limit min 0.9, provider CPU" in html
     assert "not run, target DmlExecutionProvider not present" in html
     assert "from the cache" in html or "cached" in html
+
+
+def test_the_worst_layer_is_a_line() -> None:
+    html = rendered(report_markdown(result(validation("check", with_layers(measured())))))
+    assert (
+        "<p>Relative error of the residual stream 0.021 after layer 2; layer 1 adds most, 0.031</p>"
+    ) in html
 
 
 def test_every_check_is_a_line_of_its_own() -> None:

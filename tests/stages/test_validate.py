@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from phiconv.metrics import METRICS
 from phiconv.report.document import read_measurement
 from phiconv.report.results import Validation
 from phiconv.runtimes.stored_reference import load_reference
+from phiconv.stages.layer_errors import measure
 from phiconv.stages.reference import Reference, TokenSetParams
 from phiconv.stages.stage import Artifact, Prerequisites, StageContext
 from phiconv.stages.validate import Validate, ValidateParams
+from tests.diagnosis.planting import change, planted
 from tests.onnx.models import hugging_face_logits
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.phi3_checkpoints import write_phi3_checkpoint
@@ -337,6 +340,99 @@ def test_without_genai_the_tokenizer_is_not_checked(
     states = {check.name: check.state for check in found.measurement.checks}
     assert states["tokenizer"] == states["genai_config"] == "not_checked"
     assert not any(name.startswith("parity.") for name in found.measurement.metrics)
+
+
+def test_every_layer_of_an_fp32_export_is_as_the_reference(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    layers = workshop.validate(tmp_path / "out").measurement.layers
+    assert [layer.layer for layer in layers] == [-1, 0, 1], "the embedding and two layers"
+    for layer in layers:
+        assert layer.relative_error is not None and layer.relative_error < 1e-5
+        assert layer.own_error is not None and layer.own_error < 1e-5
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
+def test_a_corrupt_weight_stands_out_at_its_layer(
+    workshop: Workshop, tmp_path: Path, runtime: str
+) -> None:
+    weight = "model.layers.1.mlp.down_proj.MatMul.weight"
+    folder = planted(
+        workshop.onnx.path,
+        tmp_path / "planted",
+        lambda model: change(model, weight, lambda array: 1.5 * array),
+    )
+    for file in workshop.onnx.path.iterdir():
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder)
+    params = {"runtime": runtime, "generate_tokens": 4}
+    embedding, first, second = workshop.validate(
+        tmp_path / "out", folder, **params
+    ).measurement.layers
+    assert embedding.own_error is not None and embedding.own_error < 1e-5
+    assert first.own_error is not None and first.own_error < 1e-5
+    assert second.own_error is not None and second.own_error > 1e-3
+    assert second.relative_error == pytest.approx(second.own_error, rel=1e-2), "nothing inherited"
+
+
+def rename_attention(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.op_type = "AttentionOfAnotherMake"
+
+
+def add_input(model: onnx.ModelProto) -> None:
+    surplus = onnx.helper.make_tensor_value_info("surplus", onnx.TensorProto.FLOAT, ["batch_size"])
+    model.graph.input.append(surplus)
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (rename_attention, "no decoder found: 0 attention"),
+        (add_input, "the model has an unknown input surplus"),
+    ],
+)
+def test_a_graph_that_cannot_be_read_says_so_instead_of_its_layers(
+    workshop: Workshop, tmp_path: Path, edit: Callable[[onnx.ModelProto], None], why: str
+) -> None:
+    folder = shutil.copytree(workshop.onnx.path, tmp_path / "edited")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    edit(model)
+    onnx.save(model, folder / "model.onnx")
+    layers, note = measure(
+        folder,
+        workshop.checkpoint,
+        load_reference(workshop.reference.path).windows,
+        provider=CPU,
+        threads=1,
+        device="cpu",
+    )
+    assert layers == ()
+    assert note.startswith("Not measured by layer: ")
+    assert why in note
+
+
+def test_an_artifact_of_another_width_has_no_layers(workshop: Workshop, tmp_path: Path) -> None:
+    other = write_phi3_checkpoint(
+        tmp_path / "other", hidden_size=64, num_attention_heads=2, num_key_value_heads=2
+    )
+    layers, note = measure(
+        write_onnx_artifact(other, tmp_path / "onnx"),
+        workshop.checkpoint,
+        load_reference(workshop.reference.path).windows,
+        provider=CPU,
+        threads=1,
+        device="cpu",
+    )
+    assert layers == ()
+    assert note == "Not measured by layer: the residual stream is 64 wide, the checkpoint's 128"
+
+
+def test_layers_are_measured_only_when_asked_for(workshop: Workshop, tmp_path: Path) -> None:
+    found = workshop.validate(tmp_path / "out", layer_errors=False).measurement
+    assert (found.layers, found.layers_note) == ((), "")
+    assert key(Validate(), ValidateParams(layer_errors=False)) != key(Validate(), ValidateParams())
 
 
 def key(stage: Any, params: Any) -> str:
