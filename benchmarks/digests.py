@@ -1,6 +1,6 @@
 """Measures the two digests that phiconv uses, on one core (docs/adr/0003-digests.md).
 
-    python -m benchmarks.digests
+python -m benchmarks.digests
 """
 
 from __future__ import annotations
