@@ -1,7 +1,7 @@
 """Which operators ONNX Runtime's execution providers have kernels for, opset by type.
 
 The data is phiconv/data/operator_kernels.json, distilled from ONNX Runtime's
-docs/OperatorKernels.md by tools/operator_kernels.py. Operators are defined by the onnx package,
+docs/OperatorKernels.md by docs/operator_kernels.py. Operators are defined by the onnx package,
 and by the table for those that ONNX Runtime added (com.microsoft, SimplifiedLayerNormalization).
 
 Types are ONNX's names of tensor element types: float, float16, bfloat16, double, int64, uint8...

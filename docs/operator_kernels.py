@@ -1,6 +1,6 @@
 """Distils ONNX Runtime's docs/OperatorKernels.md into phiconv/data/operator_kernels.json.
 
-    python tools/operator_kernels.py OperatorKernels.md --version 1.30.0 --commit <sha>
+    python docs/operator_kernels.py OperatorKernels.md --version 1.30.0 --commit <sha>
 
 The document lists, for each execution provider, the operators it has kernels for, their opset
 ranges and the types of each type constraint. The table keeps all of that for the operator domains

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import operator_kernels
+from docs import operator_kernels
 
 DOCUMENT = """\
 ## Supported Operators and Data Types
