@@ -37,6 +37,8 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -118,7 +120,7 @@ def test_a_signal_ends_a_build_with_one_line_and_no_leftovers(
         if "int4.onnx" in line:
             break
     process.send_signal(number)
-    out, errors = process.communicate()
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert errors.splitlines()[-1] == f"{word}; nothing half-made was kept"
     assert "Traceback" not in errors
