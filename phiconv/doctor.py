@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phiconv import __version__, machine
+from phiconv.errors import EnvironmentLacksError
 from phiconv.units import size_text
 from phiconv.workspace import Workspace
 from phiconv.workspace.disk import free_bytes
@@ -16,6 +17,7 @@ _PACKAGES = (
     "onnxruntime-genai",
     "onnx",
     "onnx-ir",
+    "gguf",
     "torch",
     "transformers",
     "tokenizers",
@@ -41,7 +43,14 @@ class Finding:
 
 def examine(workspace: Workspace) -> list[Finding]:
     """Looks at the machine; imports the runtimes, so it takes a few seconds."""
-    return [*_machine(), *_packages(), *_providers(), *_torch(), *_workspace(workspace)]
+    return [
+        *_machine(),
+        *_packages(),
+        *_providers(),
+        *_llama_cpp(),
+        *_torch(),
+        *_workspace(workspace),
+    ]
 
 
 def _machine() -> list[Finding]:
@@ -86,6 +95,16 @@ def _providers() -> list[Finding]:
     ]
     value = "works" + (f", built for {', '.join(devices)}" if devices else ", CPU")
     return [*found, Finding("providers", "onnxruntime_genai", value, ok=True)]
+
+
+def _llama_cpp() -> list[Finding]:
+    """The llama.cpp that GGUF files are run on, or what stands in for it."""
+    from phiconv.runtimes.llama_cpp_library import open_library
+
+    try:
+        return [Finding("providers", machine.LLAMA_CPP, open_library().version, ok=True)]
+    except EnvironmentLacksError as error:
+        return [Finding("providers", machine.LLAMA_CPP, error.message, ok=False)]
 
 
 def _torch() -> list[Finding]:

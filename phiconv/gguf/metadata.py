@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import gguf
 
     from phiconv.checkpoint import Checkpoint, ModelConfig
+    from phiconv.gguf.importance import ImportanceMatrix
     from phiconv.gguf.special_tokens import SpecialTokens
 
 ARCHITECTURE = "phi3"
@@ -89,6 +90,7 @@ def gguf_metadata(
     *,
     file_type: FileTypeName,
     parameters: int,
+    importance: ImportanceMatrix | None = None,
 ) -> gguf.GGUFWriter:
     """Every key of the file, in a writer that has no tensor yet.
 
@@ -99,6 +101,7 @@ def gguf_metadata(
         special: Which of them mean something.
         file_type: The kind of file.
         parameters: How many numbers it holds.
+        importance: What the quantizers weigh columns by.
 
     Raises:
         StageError: The name is one under which llama.cpp would read text in another way.
@@ -115,6 +118,10 @@ def gguf_metadata(
     _add_special_tokens(writer, special)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[file_type].number)
+    if importance is not None:
+        writer.add_string("quantize.imatrix.dataset", ", ".join(importance.datasets))
+        writer.add_uint32("quantize.imatrix.entries_count", len(importance.sums))
+        writer.add_uint32("quantize.imatrix.chunks_count", importance.chunks)
     return writer
 
 

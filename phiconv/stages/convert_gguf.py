@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from phiconv.errors import PhiconvError, RecipeError, StageError
 from phiconv.gguf.file_types import FILE_TYPES, FileTypeName, TypeName
+from phiconv.stages.imatrix import IMATRIX_FILE, Imatrix, ImatrixParams
 from phiconv.stages.stage import (
     GGUF,
+    IMATRIX,
     JSON,
     Estimate,
     InputRef,
+    Prerequisite,
     Requirement,
     StageContext,
 )
@@ -21,7 +33,11 @@ from phiconv.stages.stage import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from phiconv.checkpoint import ModelConfig
+    from phiconv.gguf.importance import ImportanceMatrix
     from phiconv.gguf.plan import TensorPlan
     from phiconv.gguf.tensor_types import TypeChoice
 
@@ -41,6 +57,37 @@ class TensorOverride(BaseModel):
     type: TypeName = Field(description="Its ggml type.")
 
 
+class ImportanceParams(BaseModel):
+    """Where the importance matrix comes from: a file, or calibration texts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str | None = Field(
+        None,
+        min_length=1,
+        description="A file of llama-imatrix (GGUF), relative to the recipe's folder; without it "
+        "the matrix is computed by the stage imatrix.",
+    )
+    tokens: str = Field("default", min_length=1, description="As in the stage imatrix.")
+    windows: int = Field(64, ge=1, description="As in the stage imatrix.")
+    window_length: int = Field(512, ge=2, description="As in the stage imatrix.")
+    reference_device: Literal["cpu", "cuda"] = Field("cpu", description="As in the stage imatrix.")
+
+    @field_validator("file", "tokens")
+    @classmethod
+    def _beside_the_recipe(cls, value: str | None, info: ValidationInfo) -> str | None:
+        folder = (info.context or {}).get("folder")
+        default = value is None or (info.field_name == "tokens" and value == "default")
+        return value if default or folder is None else str(Path(folder) / str(value))
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ImportanceParams:
+        others = self.model_fields_set - {"file"}
+        if self.file is not None and others:
+            raise ValueError(f"a file needs no {', '.join(sorted(others))}")
+        return self
+
+
 class ConvertGgufParams(BaseModel):
     """Parameters of `convert-gguf`."""
 
@@ -58,6 +105,11 @@ class ConvertGgufParams(BaseModel):
     )
     overrides: tuple[TensorOverride, ...] = Field(
         (), description="Types by name pattern; the first match wins. The two above go before it."
+    )
+    importance: ImportanceParams | None = Field(
+        None,
+        description="Weigh the error of each column by how strongly it is used; by default all "
+        "columns count by their size alone. Q8_0 and floats have no use for it.",
     )
     file_name: str = Field(
         "model.gguf",
@@ -96,6 +148,13 @@ class ConvertGguf:
 
     def check(self, params: ConvertGgufParams, config: ModelConfig) -> list[PhiconvError]:
         errors: list[PhiconvError] = []
+        importance = params.importance
+        if importance is not None and importance.file is not None:
+            if not Path(importance.file).is_file():
+                where = f"{self.name}: importance.file"
+                errors.append(RecipeError(f"there is no file {importance.file}", where=where))
+        elif importance is not None:
+            errors += Imatrix().check(_computed(importance), config)
         if config.num_attention_heads * config.head_dim != config.hidden_size:
             errors.append(
                 RecipeError(
@@ -117,8 +176,18 @@ class ConvertGguf:
         return errors
 
     def key_params(self, params: ConvertGgufParams) -> dict[str, JSON]:
-        document: dict[str, JSON] = params.model_dump(mode="json")
+        document: dict[str, JSON] = params.model_dump(mode="json", exclude={"importance"})
+        if params.importance is not None and params.importance.file is not None:
+            document["importance"] = _digest(params.importance.file)
+        # computed, its own step's key says what it is
         return document
+
+    def prerequisites(self, params: ConvertGgufParams) -> tuple[Prerequisite, ...]:
+        """The importance matrix, where it is to be computed."""
+        if params.importance is None or params.importance.file is not None:
+            return ()
+        shared = params.importance.model_dump(mode="json", exclude={"file"})
+        return (Prerequisite("imatrix", "imatrix", shared),)
 
     def requires(self, params: ConvertGgufParams) -> tuple[Requirement, ...]:
         return (Requirement("module", "gguf", remedy="pip install gguf"),)
@@ -143,6 +212,7 @@ class ConvertGguf:
 
         tokenizer = read_tokenizer_file(ctx.checkpoint.path)
         vocabulary = read_vocabulary(tokenizer, ctx.checkpoint.config.vocab_size)
+        importance = _importance(params, ctx)
         unused = {override.match for override in params.overrides}
         plan = plan_tensors(ctx.checkpoint, _choice(params, unused))
         if unused:
@@ -158,6 +228,7 @@ class ConvertGguf:
             read_special_tokens(ctx.checkpoint, tokenizer),
             file_type=params.file_type,
             parameters=plan.parameters,
+            importance=importance,
         )
         limits = (*vocabulary.limits, *_attention_limits(ctx.checkpoint.config))
         for line in (*plan.fallbacks, *limits):
@@ -167,6 +238,7 @@ class ConvertGguf:
             metadata,
             plan,
             ctx.checkpoint,
+            importance=_fitting(importance, plan) if importance is not None else None,
             threads=ctx.threads,
             progress=ctx.progress,
         )
@@ -198,7 +270,56 @@ def _choice(params: ConvertGgufParams, unused: set[str]) -> TypeChoice:
         token_embedding=params.token_embedding_type,
         output=params.output_type,
         override=override,
+        has_importance=params.importance is not None,
     )
+
+
+def _computed(importance: ImportanceParams) -> ImatrixParams:
+    """The parameters of the stage that computes it."""
+    return ImatrixParams.model_validate(importance.model_dump(exclude={"file"}))
+
+
+def _digest(file: str) -> str | None:
+    """sha256 of a file; None when it cannot be read, which `check` has said."""
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _importance(params: ConvertGgufParams, ctx: StageContext) -> ImportanceMatrix | None:
+    from phiconv.gguf.importance import load_importance
+
+    if params.importance is None:
+        return None
+    if params.importance.file is not None:
+        return load_importance(Path(params.importance.file))
+    return load_importance(ctx.input(IMATRIX).path / IMATRIX_FILE)
+
+
+def _fitting(matrix: ImportanceMatrix, plan: TensorPlan) -> dict[str, NDArray[np.float32]]:
+    """The importance of this model's columns.
+
+    Raises:
+        StageError: The matrix is another model's.
+    """
+    means = matrix.means()
+    columns = {weight.name: weight.shape[1] for weight in plan.weights}
+    wrong = [name for name, mean in means.items() if columns.get(name) != len(mean)]
+    lacking = [
+        weight.name
+        for weight in plan.weights
+        if weight.name.startswith("blk.") and not weight.is_vector and weight.name not in means
+    ]
+    if wrong or lacking:
+        name = (wrong or lacking)[0]
+        what = f"its {name} does not fit" if wrong else f"it has no {name}"
+        raise StageError(
+            f"the importance matrix is not this model's: {what}",
+            where="convert-gguf: importance",
+            remedy="compute it from this model, or leave file out",
+        )
+    return means
 
 
 def _attention_limits(config: ModelConfig) -> tuple[str, ...]:

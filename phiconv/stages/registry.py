@@ -9,6 +9,7 @@ from __future__ import annotations
 from phiconv.stages.cast import Cast
 from phiconv.stages.convert_gguf import ConvertGguf
 from phiconv.stages.export_onnx import ExportOnnx
+from phiconv.stages.imatrix import Imatrix
 from phiconv.stages.quantize import Quantize
 from phiconv.stages.reference import Reference
 from phiconv.stages.stage import ONNX_GRAPH, Stage
@@ -20,6 +21,7 @@ STAGES: dict[str, Stage] = {
     "quantize": Quantize(),
     "cast": Cast(),
     "write-onnx": WriteOnnx(),
+    "imatrix": Imatrix(),
     "convert-gguf": ConvertGguf(),
     "reference": Reference(),
     "validate": Validate(),

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from phiconv.checkpoint import Checkpoint
 from phiconv.gguf.file_types import FILE_TYPES
+from phiconv.gguf.importance import ImportanceMatrix
+from phiconv.gguf.plan import plan_tensors
+from phiconv.gguf.tensor_types import TypeChoice
 from tests.phi3_checkpoints import write_phi3_checkpoint
 
 CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
@@ -59,12 +66,41 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Case -> checkpoint and parameters of `convert-gguf`."""
 
+WEIGHTED: Mapping[str, tuple[str, str]] = {
+    f"weighted {name} {file_type}": (name, file_type)
+    for name, file_type in (
+        ("wide", "Q4_0"),
+        ("wide", "Q4_1"),
+        ("wide", "Q5_0"),
+        ("wide", "Q5_1"),
+        ("wide", "Q8_0"),
+        ("wide", "Q4_K_M"),
+        ("wide", "Q5_K_M"),
+        ("wide", "Q6_K"),
+        ("narrow", "Q4_K_S"),
+    )
+}
+"""Case -> checkpoint and file type, with the importance matrix of `importance`."""
+
 FILE = Path(__file__).with_name("peer.json")
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:
     """Writes one of `CHECKPOINTS`."""
     return write_phi3_checkpoint(folder, **CHECKPOINTS[name])
+
+
+def importance(checkpoint: Path) -> ImportanceMatrix:
+    """A seeded importance matrix for a checkpoint; some columns are never used."""
+    plan = plan_tensors(Checkpoint(checkpoint), TypeChoice("F16"))
+    sums, counts = {}, {}
+    for weight in plan.weights:
+        if weight.name.startswith("blk.") and not weight.is_vector:
+            rng = np.random.default_rng(zlib.crc32(weight.name.encode()))
+            sums[weight.name] = rng.exponential(1000, weight.shape[1]).astype(np.float32)
+            sums[weight.name][::17] = 0
+            counts[weight.name] = 1024
+    return ImportanceMatrix(sums, counts, ("seeded",), chunks=2, chunk_size=512)
 
 
 def summary(tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from phiconv.gguf.file_types import FILE_TYPES
 from phiconv.kernels.ggml import TYPES
 from tests.gguf.conversions import metadata, tensors
@@ -28,7 +30,9 @@ from tests.gguf.peer_cases import (
     CASES,
     CHECKPOINTS,
     FILE,
+    WEIGHTED,
     condensed,
+    importance,
     summary,
     write_checkpoint,
 )
@@ -56,6 +60,15 @@ overrides = [(pattern.encode(), kind) for pattern, kind in settings.pop("overrid
 if overrides:
     array = (Override * (len(overrides) + 1))(*overrides, (None, 0))
     params.tt_overrides = ctypes.cast(array, type(params.tt_overrides))
+importance = settings.pop("importance", None)
+if importance is not None:
+    import numpy as np
+    class Entry(ctypes.Structure):
+        _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+    means = dict(np.load(importance))
+    entries = [(name.encode(), mean.ctypes.data, mean.size) for name, mean in means.items()]
+    table = (Entry * (len(entries) + 1))(*entries, (None, None, 0))
+    params.imatrix = ctypes.cast(table, type(params.imatrix))
 for name, value in settings.items():
     setattr(params, name, value)
 sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)))
@@ -79,21 +92,27 @@ def main() -> int:
             command = ["-c", CONVERT, arguments.llama_cpp, str(source), *options]
             subprocess.run([sys.executable, *command], check=True, stderr=subprocess.DEVNULL)
             recorded["metadata"][name] = condensed(metadata(target.parent))
+            np.savez(folder / f"{name}.npz", **importance(source).means())
         for case, (name, params) in CASES.items():
-            out = folder / case
-            out.mkdir()
-            command = [
-                "-c",
-                QUANTIZE,
-                str(folder / f"{name}-f32" / "model.gguf"),
-                str(out / "model.gguf"),
-                json.dumps(_settings(params)),
-            ]
-            subprocess.run([arguments.python, *command], check=True, stderr=subprocess.DEVNULL)
+            source, out = folder / f"{name}-f32", folder / case
+            _quantize(arguments.python, source, out, _settings(params))
+            recorded["tensors"][case] = summary(tensors(out))
+        for case, (name, file_type) in WEIGHTED.items():
+            source, out = folder / f"{name}-f32", folder / case
+            settings = _settings({"file_type": file_type})
+            settings["importance"] = str(folder / f"{name}.npz")
+            _quantize(arguments.python, source, out, settings)
             recorded["tensors"][case] = summary(tensors(out))
     text = json.dumps(recorded, indent=1, ensure_ascii=True, sort_keys=True) + "\n"
     FILE.write_text(text, encoding="utf-8", newline="\n")
     return 0
+
+
+def _quantize(python: str, source: Path, out: Path, settings: Mapping[str, Any]) -> None:
+    out.mkdir()
+    files = [str(source / "model.gguf"), str(out / "model.gguf")]
+    command = [python, "-c", QUANTIZE, *files, json.dumps(settings)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def _settings(params: Mapping[str, Any]) -> dict[str, Any]:

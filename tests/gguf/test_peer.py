@@ -10,7 +10,16 @@ import pytest
 
 from phiconv.gguf.file_types import FILE_TYPES
 from tests.gguf.conversions import convert, metadata, tensors
-from tests.gguf.peer_cases import CASES, CHECKPOINTS, FILE, condensed, summary, write_checkpoint
+from tests.gguf.peer_cases import (
+    CASES,
+    CHECKPOINTS,
+    FILE,
+    WEIGHTED,
+    condensed,
+    importance,
+    summary,
+    write_checkpoint,
+)
 
 RECORDED: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 
@@ -35,6 +44,17 @@ def test_every_tensor_is_the_peers(case: str, checkpoints: dict[str, Path], tmp_
     found, expected = summary(tensors(tmp_path / "out")), RECORDED["tensors"][case]
     assert found["types"].split() == expected["types"].split()
     assert found["sha256"] == expected["sha256"]
+
+
+@pytest.mark.parametrize("case", WEIGHTED)
+def test_every_tensor_is_the_peers_with_an_importance_matrix(
+    case: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    name, file_type = WEIGHTED[case]
+    importance(checkpoints[name]).save(tmp_path / "imatrix.gguf")
+    settings = {"file": str(tmp_path / "imatrix.gguf")}
+    convert(checkpoints[name], tmp_path / "out", file_type, importance=settings)
+    assert summary(tensors(tmp_path / "out")) == RECORDED["tensors"][case]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
