@@ -88,11 +88,12 @@ class _Comparison:
         errors = [item for item in differences if item.severity == "error"]
         warnings = [item for item in differences if item.severity == "warning"]
         names = {name for name, _ in texts}
+        other_ids = {item.name for item in warnings if item.operation == "encode"}
         return ParityResult(
             texts=len(texts),
             tokens=len(tokens),
             error_count=len({item.name for item in errors}),
-            warning_count=len({item.name for item in warnings if item.name in names}),
+            warning_count=len(other_ids & names),
             causes=dict(Counter(item.kind for item in differences)),
             differences=(*errors[:LISTED_ERRORS], *warnings[:LISTED_ERRORS]),
         )

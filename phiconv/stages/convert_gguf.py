@@ -192,6 +192,13 @@ class ConvertGguf:
     def requires(self, params: ConvertGgufParams) -> tuple[Requirement, ...]:
         return (Requirement("module", "gguf", remedy="pip install gguf"),)
 
+    def preload(self) -> None:
+        """Imports gguf, the tokenizers and the kernels."""
+        import gguf  # noqa: F401
+        import tokenizers  # noqa: F401
+
+        import phiconv.gguf.writer  # noqa: F401
+
     def estimate(
         self, params: ConvertGgufParams, config: ModelConfig, inputs: Sequence[InputRef]
     ) -> Estimate:

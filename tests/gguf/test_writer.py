@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -97,6 +99,13 @@ def test_tensors_are_aligned_and_fill_the_file(checkpoint: Path, tmp_path: Path)
             assert tensor.data_offset % reader.alignment == 0
             end = -(-(end + tensor.n_bytes) // reader.alignment) * reader.alignment
         assert end == (out / "model.gguf").stat().st_size
+
+
+def test_ggufs_own_dump_reads_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "out", "Q4_K_M")
+    command = [sys.executable, "-m", "gguf.scripts.gguf_dump", str(tmp_path / "out" / "model.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Dumping 15 tensor(s)" in done.stdout
 
 
 def test_fallbacks_are_reported_tensor_by_tensor(tmp_path: Path) -> None:
