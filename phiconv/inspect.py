@@ -1,4 +1,4 @@
-"""What an artifact holds: any ONNX model folder, a lazy graph of the workspace, or a checkpoint."""
+"""What an artifact holds: an ONNX model, a lazy graph of the workspace, a GGUF file, a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from phiconv.report.results import TensorKindRecord
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from phiconv.gguf.contents import GgufSummary
 
 GENAI_CONFIG = "genai_config.json"
 # The first pattern found in the name of the initializer, or of the node that takes it, decides.
@@ -86,11 +88,11 @@ class CheckpointSummary:
     parameters: int
 
 
-def inspect_folder(path: Path) -> OnnxSummary | CheckpointSummary:
+def inspect_folder(path: Path) -> OnnxSummary | GgufSummary | CheckpointSummary:
     """Looks into a folder, or the folder of a model file.
 
     Raises:
-        RecipeError: There is no such folder, or it holds neither.
+        RecipeError: There is no such folder, or it holds none of these.
         StageError: The model or the checkpoint cannot be read.
     """
     folder = path.parent if path.is_file() else path
@@ -99,19 +101,37 @@ def inspect_folder(path: Path) -> OnnxSummary | CheckpointSummary:
     model = path if path.suffix == ".onnx" else _model_file(folder)
     if model is not None:
         return _inspect_onnx(folder, model)
+    gguf_file = path if path.suffix == ".gguf" else _only_gguf(folder)
+    if gguf_file is not None:
+        from phiconv.gguf.contents import inspect_gguf
+
+        return inspect_gguf(gguf_file)
     if (folder / "config.json").is_file():
         return _inspect_checkpoint(folder)
     raise RecipeError(
-        "neither an ONNX model nor a checkpoint is there",
+        "neither an ONNX model nor a GGUF file nor a checkpoint is there",
         where=str(folder),
-        remedy="give a folder with a .onnx file, or with config.json and safetensors files",
+        remedy="give a folder with a .onnx or a .gguf file, or with config.json and safetensors "
+        "files",
     )
 
 
 def tensor_kinds(folder: Path) -> tuple[TensorKindRecord, ...]:
-    """How each kind of weights of an ONNX folder is stored; () when there is no ONNX model."""
+    """How each kind of weights of an ONNX or GGUF folder is stored; () when there is no model."""
     model = _model_file(folder)
-    return _weights(_load(model)) if model is not None else ()
+    if model is not None:
+        return _weights(_load(model))
+    gguf_file = _only_gguf(folder)
+    if gguf_file is not None:
+        from phiconv.gguf.contents import inspect_gguf
+
+        return inspect_gguf(gguf_file).weights
+    return ()
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    found = sorted(folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
 
 
 def _model_file(folder: Path) -> Path | None:

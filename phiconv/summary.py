@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from phiconv.batch import Outcome
     from phiconv.compare import Comparison, Pair
     from phiconv.doctor import Finding
+    from phiconv.gguf.contents import GgufSummary
     from phiconv.inspect import CheckpointSummary, OnnxSummary
     from phiconv.plan import Plan
     from phiconv.report.results import Validation
@@ -227,9 +228,9 @@ def findings_text(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def inspection_text(found: OnnxSummary | CheckpointSummary) -> str:
+def inspection_text(found: OnnxSummary | GgufSummary | CheckpointSummary) -> str:
     """What an artifact or a checkpoint holds."""
-    from phiconv.inspect import OnnxSummary
+    from phiconv.inspect import CheckpointSummary, OnnxSummary
 
     if isinstance(found, OnnxSummary):
         opsets = ", ".join(f"{name or 'ai.onnx'} {number}" for name, number in found.opsets.items())
@@ -240,6 +241,10 @@ def inspection_text(found: OnnxSummary | CheckpointSummary) -> str:
         about = found.genai
         if about:
             lines.append("genai_config.json")
+    elif not isinstance(found, CheckpointSummary):
+        lines = [f"GGUF file {found.model}", "weights", *table(_weight_rows(found))]
+        lines += [f"  {found.bits_per_weight:.3f} bits a weight", "metadata"]
+        about = found.metadata
     else:
         lines = [f"checkpoint {found.architecture}: {found.parameters:,} parameters"]
         about = found.config
@@ -251,7 +256,7 @@ def inspection_text(found: OnnxSummary | CheckpointSummary) -> str:
     return "\n".join([*lines, "files", *table(rows)])
 
 
-def _weight_rows(found: OnnxSummary) -> list[tuple[str, ...]]:
+def _weight_rows(found: OnnxSummary | GgufSummary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("kind", "format", "parameters", "size", "bits")]
     for record in found.weights:
         bits = f"{record.bits:.3f}"

@@ -16,7 +16,8 @@ from phiconv.cli.options import json_option, print_json, verbose_option
 def inspect(artifact: Path, as_json: bool) -> None:
     """Show what an artifact holds.
 
-    ARTIFACT is a folder with an ONNX model, such as dist/NAME/artifact, or a checkpoint folder.
+    ARTIFACT is a folder with an ONNX model or a GGUF file, such as dist/NAME/artifact, or a
+    checkpoint folder.
     """
     from dataclasses import asdict
 

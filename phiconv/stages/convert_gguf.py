@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from phiconv.gguf.importance import ImportanceMatrix
     from phiconv.gguf.plan import TensorPlan
     from phiconv.gguf.tensor_types import TypeChoice
+    from phiconv.report.results import TensorKindRecord
 
 # Interpreter, numba and gguf, the vocabulary, and the buffers of a few threads.
 _RAM_BYTES = 600 << 20
@@ -203,8 +206,6 @@ class ConvertGguf:
         self, params: ConvertGgufParams, config: ModelConfig, inputs: Sequence[InputRef]
     ) -> Estimate:
         """Bytes of the weights by the type that most of them have."""
-        from math import prod
-
         bits = FILE_TYPES[params.file_type].bits
         weights = sum(prod(shape) for shape in config.expected_tensors().values())
         return Estimate(disk_bytes=int(weights * bits / 8), ram_bytes=_RAM_BYTES)
@@ -257,7 +258,7 @@ class ConvertGguf:
             "tensors": len(plan.tensors),
             "fallbacks": "; ".join(plan.fallbacks) or "none",
             "limits": "; ".join(limits) or "none",
-            "tensor_kinds": _tensor_kinds(plan),
+            "tensor_kinds": [asdict(record) for record in _tensor_kinds(plan)],
         }
 
 
@@ -337,22 +338,11 @@ def _attention_limits(config: ModelConfig) -> tuple[str, ...]:
     return (f"llama.cpp attends to every position, the model to the last {window}",)
 
 
-_KINDS = {"attn": "attention", "ffn": "mlp", "token_embd": "embedding", "output": "lm_head"}
-
-
-def _tensor_kinds(plan: TensorPlan) -> list[dict[str, JSON]]:
+def _tensor_kinds(plan: TensorPlan) -> tuple[TensorKindRecord, ...]:
     """How each kind of weights is stored, for the report."""
-    sums: dict[tuple[str, str], list[int]] = {}
-    for weight in plan.weights:
-        stem = weight.name.split(".")[-2]
-        is_norm = stem.endswith("norm")
-        kind = "norm" if is_norm else _KINDS.get(stem, _KINDS.get(stem.split("_")[0], "other"))
-        total = sums.setdefault((kind, weight.type), [0, 0])
-        total[0] += weight.shape[0] * weight.shape[1]
-        total[1] += weight.nbytes
-    return [
-        {"kind": kind, "format": stored, "parameters": parameters, "size_bytes": size}
-        for (kind, stored), (parameters, size) in sorted(
-            sums.items(), key=lambda item: (-item[1][1], item[0])
-        )
-    ]
+    from phiconv.gguf.contents import StoredTensor, tensor_kinds
+
+    return tensor_kinds(
+        StoredTensor(weight.name, weight.type, prod(weight.shape), weight.nbytes)
+        for weight in plan.weights
+    )

@@ -11,6 +11,7 @@ from gguf import GGUFReader
 from phiconv import machine
 from phiconv.checkpoint import Checkpoint
 from phiconv.errors import EnvironmentLacksError, StageError
+from phiconv.gguf.file_types import FILE_TYPES
 from phiconv.runtimes import RUNTIMES, ArtifactFolder, GeneratingRuntime
 from phiconv.runtimes import llama_cpp_library as library
 from phiconv.runtimes.dequantized import DequantizedWeights
@@ -284,3 +285,14 @@ def test_the_library_keeps_its_warnings_to_itself(
     open_model(q4)
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_every_file_type_runs(checkpoint: Path, file_type: str, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "out", file_type)
+    found = next(open_model(tmp_path / "out").logits(WINDOWS[:1]))
+    expected = reference_logits(checkpoint, WINDOWS[:1])[0]
+    assert np.isfinite(found).all()
+    # random weights suffer most from few bits
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.97
