@@ -1,4 +1,4 @@
-"""What an artifact holds: an ONNX model, a lazy graph of the workspace, a GGUF file, a checkpoint."""
+"""What an ONNX model, a lazy graph of the workspace, a GGUF file or a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def inspect_folder(path: Path) -> OnnxSummary | GgufSummary | CheckpointSummary:
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {path}")
     model = path if path.suffix == ".onnx" else _model_file(folder)
-    if model is not None:
+    if model is not None and path.suffix != ".gguf":
         return _inspect_onnx(folder, model)
-    gguf_file = path if path.suffix == ".gguf" else _only_gguf(folder)
+    gguf_file = _only_gguf(path if path.is_file() else folder)
     if gguf_file is not None:
         from phiconv.gguf.contents import inspect_gguf
 
@@ -130,6 +130,8 @@ def tensor_kinds(folder: Path) -> tuple[TensorKindRecord, ...]:
 
 
 def _only_gguf(folder: Path) -> Path | None:
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder
     found = sorted(folder.glob("*.gguf"))
     return found[0] if len(found) == 1 else None
 

@@ -107,7 +107,7 @@ def validate_artifact(
         runner = Runner(plan, session, threads, display)
         for step in plan.at_hand:
             runner.ensure(step)
-        kinds = tensor_kinds(found.path) if found.kind == ONNX else ()
+        kinds = tensor_kinds(found.path)
         shipped = Shipped(given.key, files, kinds)
         result = assess(plan, runner.made, shipped)
         _write(result, out, session)
