@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from phiconv.errors import CheckpointError
@@ -48,7 +49,25 @@ def attempt(
 
 def name_list(names: Iterable[str]) -> str:
     """The first names, quoted, and how many more there are."""
-    quoted = [repr(name) for name in names]
-    shown = ", ".join(quoted[:NAMES_SHOWN])
-    hidden = len(quoted) - NAMES_SHOWN
+    return listed([repr(name) for name in names], NAMES_SHOWN)
+
+
+def listed(items: Sequence[str], most: int = 10) -> str:
+    """The first items, and how many more there are."""
+    shown = ", ".join(items[:most])
+    hidden = len(items) - most
     return f"{shown} and {hidden} more" if hidden > 0 else shown
+
+
+def not_finite_error(names: Iterable[str], path: Path) -> CheckpointError:
+    """The error for weights that hold NaN or Inf.
+
+    Args:
+        names: The tensors.
+        path: The checkpoint's folder.
+    """
+    return CheckpointError(
+        f"NaN or Inf in {listed(sorted(names))}",
+        where=str(path),
+        remedy="the checkpoint is damaged or diverged in training: get or make it again",
+    )

@@ -27,11 +27,6 @@ class Assignment(NamedTuple):
     type: TypeName
     wanted: TypeName
 
-    @property
-    def is_fallback(self) -> bool:
-        """Whether the width of the rows ruled the wanted type out."""
-        return self.type != self.wanted
-
 
 @dataclass(frozen=True)
 class TypeChoice:

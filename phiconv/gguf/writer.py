@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from phiconv.checkpoint import numpy_dtype
+from phiconv.checkpoint.problems import listed, not_finite_error
 from phiconv.data_file import DataFile, Region
-from phiconv.errors import CheckpointError, StageError
+from phiconv.errors import StageError
 from phiconv.gguf.file_types import FLOAT_TYPES
 from phiconv.gguf.plan import Constant, TensorPlan, Weight
 from phiconv.kernels import floats, ggml
+from phiconv.write_threads import ThreadBuffers, run_all
 
 if TYPE_CHECKING:
     import gguf
@@ -169,21 +171,13 @@ class _Work:
     importance: Mapping[str, npt.NDArray[np.float32]]
     not_finite: set[str] = field(default_factory=set)
     overflowing: set[str] = field(default_factory=set)
-    _local: threading.local = field(default_factory=threading.local)
+    buffers: ThreadBuffers = field(default_factory=ThreadBuffers)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def buffer(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An uninitialised array in memory that this thread reuses for every job."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        buffers: dict[str, Array] = self._local.__dict__
-        if use not in buffers or buffers[use].nbytes < size:
-            buffers[use] = np.empty(size, np.uint8)
-        return buffers[use][:size].view(dtype).reshape(shape)
 
     def read(self, weight: Weight, start: int, stop: int) -> Array:
         """Rows `[start, stop)` of a weight `[n, K]`, in the checkpoint's own dtype."""
         dtype = numpy_dtype(self.checkpoint.tensors[weight.source].dtype)
-        out = self.buffer("source", (stop - start, weight.shape[1]), dtype)
+        out = self.buffers.get("source", (stop - start, weight.shape[1]), dtype)
         if weight.is_vector:
             self.checkpoint.read_rows(weight.source, 0, weight.shape[1], out[0])
         else:
@@ -202,22 +196,14 @@ class _Work:
         """Reports every tensor that cannot be written, in one error."""
         where = str(self.checkpoint.path)
         if self.not_finite:
-            raise CheckpointError(
-                f"NaN or Inf in {_listed(self.not_finite)}",
-                where=where,
-                remedy="the checkpoint is damaged or diverged in training: get or make it again",
-            )
+            raise not_finite_error(self.not_finite, self.checkpoint.path)
         if self.overflowing:
+            named = listed(sorted(self.overflowing))
             raise StageError(
-                f"outside the range of the fp16 that its type stores: {_listed(self.overflowing)}",
+                f"outside the range of the fp16 that its type stores: {named}",
                 where=where,
                 remedy="use file_type BF16 or F32, or an override for these tensors",
             )
-
-
-def _listed(names: set[str], most: int = 10) -> str:
-    shown = ", ".join(sorted(names)[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 @dataclass(frozen=True)
@@ -234,7 +220,7 @@ class _Job:
         weight = self.weight
         source = work.read(weight, self.start, self.stop)
         row_bytes = ggml.row_nbytes(weight.type, weight.shape[1])
-        out = work.buffer("out", (len(source), row_bytes), np.dtype(np.uint8))
+        out = work.buffers.get("out", (len(source), row_bytes), np.dtype(np.uint8))
         if weight.type in FLOAT_TYPES:
             scan = floats.cast_rows(source, out.view(_FLOAT_DTYPES[weight.type]))
             finite = scan.finite
@@ -278,11 +264,4 @@ def _jobs(
 
 def _run(jobs: list[_Job], work: _Work, data: DataFile, threads: int) -> None:
     """Runs the jobs on a thread pool; the first failure cancels what has not begun."""
-    pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="phiconv-write")
-    try:
-        futures = [pool.submit(job.run, work, data) for job in jobs]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    run_all((partial(job.run, work, data) for job in jobs), threads)

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phiconv.checkpoint.problems import listed, not_finite_error
 from phiconv.checkpoint.safetensors_file import numpy_dtype
 from phiconv.data_file import DataFile, Region
-from phiconv.errors import CheckpointError, ExportError, StageError
+from phiconv.errors import ExportError, StageError
 from phiconv.kernels import floats, matmulnbits
 from phiconv.onnx.data_layout import lay_out
 from phiconv.onnx.graph import DATA_FILE, OnnxGraph
 from phiconv.onnx.weights import Blockwise, Dense, Part, Quantization, Rows, row_count
+from phiconv.write_threads import ThreadBuffers, run_all
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -102,21 +104,13 @@ class _Work:
     progress: Progress
     not_finite: set[str] = field(default_factory=set)
     overflowing: dict[str, float] = field(default_factory=dict)
-    _local: threading.local = field(default_factory=threading.local)
+    buffers: ThreadBuffers = field(default_factory=ThreadBuffers)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def buffer(self, use: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An uninitialised array in memory that this thread reuses for every job."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        buffers: dict[str, np.ndarray] = self._local.__dict__
-        if use not in buffers or buffers[use].nbytes < size:
-            buffers[use] = np.empty(size, np.uint8)
-        return buffers[use][:size].view(dtype).reshape(shape)
 
     def read(self, rows: tuple[Rows, ...], start: int, stop: int) -> np.ndarray:
         """Rows ``[start, stop)`` of a concatenation, in the checkpoint's own dtype."""
         info = self.checkpoint.tensors[rows[0].tensor]
-        out = self.buffer("source", (stop - start, *info.shape[1:]), numpy_dtype(info.dtype))
+        out = self.buffers.get("source", (stop - start, *info.shape[1:]), numpy_dtype(info.dtype))
         position = filled = 0
         for part in rows:
             first, last = max(start - position, 0), min(stop - position, len(part))
@@ -143,23 +137,14 @@ class _Work:
     def raise_findings(self) -> None:
         """Report every tensor that cannot be converted, in one error."""
         if self.not_finite:
-            raise CheckpointError(
-                f"NaN or Inf in {_listed(sorted(self.not_finite))}",
-                where=str(self.checkpoint.path),
-                remedy="the checkpoint is damaged or diverged in training: get or make it again",
-            )
+            raise not_finite_error(self.not_finite, self.checkpoint.path)
         if self.overflowing:
             named = [f"{name} (|w| up to {m:.4g})" for name, m in sorted(self.overflowing.items())]
             raise StageError(
-                f"outside the range of fp16, ±65504: {_listed(named)}",
+                f"outside the range of fp16, ±65504: {listed(named)}",
                 where=str(self.checkpoint.path),
                 remedy="use precision fp32, or a cast stage with overflow: clamp",
             )
-
-
-def _listed(names: list[str], most: int = 10) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 @dataclass(frozen=True)
@@ -191,7 +176,7 @@ class _DenseJob(_Job):
         if self.expr.transposed:
             scan = self._write_transposed(source, work, data)
         else:
-            out = work.buffer("dense", source.shape, self.dtype)
+            out = work.buffers.get("dense", source.shape, self.dtype)
             scan = floats.cast_rows(source, out)
             self._clamp(out)
             offset = self.region.offset + self.start * (out.nbytes // len(out))
@@ -209,7 +194,7 @@ class _DenseJob(_Job):
         finite, largest = True, 0.0
         for first in range(0, k, step):
             last = min(first + step, k)
-            out = work.buffer("dense", (last - first, n), self.dtype)
+            out = work.buffers.get("dense", (last - first, n), self.dtype)
             scan = floats.cast_transposed(source, first, last, out)
             finite, largest = finite and scan.finite, max(largest, scan.max_abs)
             self._clamp(out)
@@ -242,12 +227,12 @@ class _BlockwiseJob(_Job):
         scale_dtype = np.dtype(np.float32 if q.scale_dtype == "FLOAT" else np.float16)
         byte = np.dtype(np.uint8)
         outputs: dict[Part, np.ndarray] = {
-            "weight": work.buffer("weight", (n, blocks, q.block_size * q.bits // 8), byte),
-            "scales": work.buffer("scales", (n, blocks), scale_dtype),
+            "weight": work.buffers.get("weight", (n, blocks, q.block_size * q.bits // 8), byte),
+            "scales": work.buffers.get("scales", (n, blocks), scale_dtype),
         }
         if not q.symmetric:
             shape = (n, -(-blocks * q.bits // 8))
-            outputs["zero_points"] = work.buffer("zero_points", shape, byte)
+            outputs["zero_points"] = work.buffers.get("zero_points", shape, byte)
         usable = matmulnbits.quantize_rows(
             source,
             bits=q.bits,
@@ -260,7 +245,9 @@ class _BlockwiseJob(_Job):
         )
         if not usable:
             # NaN or Inf as stored, or too large for the scales' type: only the source tells.
-            scan = floats.cast_rows(source, work.buffer("scan", source.shape, np.dtype(np.float32)))
+            scan = floats.cast_rows(
+                source, work.buffers.get("scan", source.shape, np.dtype(np.float32))
+            )
             work.note_unusable(self._names(), scan)
         for part, array in outputs.items():
             offset = self.regions[part].offset + self.start * (array.nbytes // n)
@@ -343,14 +330,7 @@ def _run(jobs: list[_Job], work: _Work, data: DataFile, threads: int) -> None:
                 data.complete(job.region.offset, job.region.end)
         work.progress.advance(job.source_bytes, job.rows[0].tensor)
 
-    pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="phiconv-write")
-    try:
-        futures = [pool.submit(execute, job) for job in jobs]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    run_all((partial(execute, job) for job in jobs), threads)
 
 
 def _point_to_data(model: ir.Model, regions: dict[str, Region]) -> None:

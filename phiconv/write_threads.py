@@ -1,0 +1,48 @@
+"""The threads of a writer: buffers that each of them reuses, and running jobs to the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class ThreadBuffers:
+    """Arrays that live as long as their thread, so that a job allocates nothing."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def get(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An uninitialised array; the next call of this thread with the same `use` overwrites it.
+
+        Args:
+            use: What it is for.
+            shape: Its shape.
+            dtype: Its dtype.
+        """
+        size = int(np.prod(shape)) * dtype.itemsize
+        buffers: dict[str, npt.NDArray[Any]] = self._local.__dict__
+        if use not in buffers or buffers[use].nbytes < size:
+            buffers[use] = np.empty(size, np.uint8)
+        return buffers[use][:size].view(dtype).reshape(shape)
+
+
+def run_all(tasks: Iterable[Callable[[], None]], threads: int) -> None:
+    """Runs tasks on a thread pool, begun in order; the first failure cancels what has not begun.
+
+    Raises:
+        Exception: What the first task to fail raised.
+    """
+    pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="phiconv-write")
+    try:
+        futures = [pool.submit(task) for task in tasks]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
