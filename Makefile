@@ -9,6 +9,7 @@ READY := $(VENV)/.ready-$(EXTRA)
 
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages on Linux.
 $(READY): pyproject.toml
+	@echo "setting up $(VENV): a minute or two, mostly downloads"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]"
