@@ -158,6 +158,22 @@ class Check:
 
 
 @dataclass(frozen=True)
+class KnownLimit:
+    """Where a runtime's results are known to leave Hugging Face's, whatever the weights.
+
+    Attributes:
+        runtime: What it holds for: `llama.cpp`, `onnxruntime-genai`, or with the provider,
+            `onnxruntime (DmlExecutionProvider)`.
+        statement: What happens, in one sentence.
+        from_position: The first position it holds from, counted from 0; 0 is every position.
+    """
+
+    runtime: str
+    statement: str
+    from_position: int
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One artifact measured against the reference on one token set by one runtime.
 
@@ -169,6 +185,7 @@ class Measurement:
         kl_by_position: The same along the window.
         layers: Error by decoder layer, where it was measured.
         layers_note: Why it could not be measured, if it was to be.
+        known_limits: Where the target runtime is known to leave the reference, by position.
     """
 
     status: Literal["measured", "not_run"]
@@ -180,6 +197,7 @@ class Measurement:
     checks: tuple[Check, ...] = ()
     layers: tuple[LayerErrorRecord, ...] = ()
     layers_note: str = ""
+    known_limits: tuple[KnownLimit, ...] = ()
 
 
 @dataclass(frozen=True)
