@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from phiconv.errors import CheckpointError
 
 CONFIG = "config.json"
+CARD = "README.md"
+"""The model's card: shapes no artifact and is no part of a checkpoint's digest."""
 
 _SHAPING_FILES = frozenset(
     {
@@ -33,9 +35,13 @@ SHAPING_PATTERNS = tuple(sorted(_SHAPING_FILES | {f"{stem}*" for stem in _LICENC
 
 def is_shaping_file(name: str) -> bool:
     """Whether a file beside the weights shapes or accompanies what phiconv writes."""
+    return name in _SHAPING_FILES or is_licence_file(name)
+
+
+def is_licence_file(name: str) -> bool:
+    """Whether a file holds a licence or a notice that goes with the model."""
     path = PurePosixPath(name)
-    is_licence = path.stem.upper() in _LICENCE_STEMS and path.suffix.lower() in _LICENCE_SUFFIXES
-    return name in _SHAPING_FILES or is_licence
+    return path.stem.upper() in _LICENCE_STEMS and path.suffix.lower() in _LICENCE_SUFFIXES
 
 
 def shaping_files(names: Iterable[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from phiconv.checkpoint.digests import OnBytes
-from phiconv.checkpoint.folder import SHAPING_PATTERNS
+from phiconv.checkpoint.folder import CARD, SHAPING_PATTERNS
 from phiconv.checkpoint.weights import INDEX_FILE, SINGLE_FILE, no_weights, read_weight_map
 from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError
 
@@ -66,7 +66,7 @@ def fetch_metadata(repo_id: str, revision: str | None, *, download: bool = True)
         path = snapshot_download(
             repo_id,
             revision=commit,
-            allow_patterns=[*SHAPING_PATTERNS, INDEX_FILE],
+            allow_patterns=[*SHAPING_PATTERNS, INDEX_FILE, CARD],
             ignore_patterns="*/*",
             local_files_only=not download,
             library_name="phiconv",

@@ -14,12 +14,14 @@ from phiconv.checkpoint.digests import DigestCache, OnBytes, digest_files, file_
 from phiconv.checkpoint.folder import CONFIG, member, shaping_files
 from phiconv.checkpoint.json_object import read_json_object
 from phiconv.checkpoint.problems import NAMES_SHOWN, attempt, combined, name_list
-from phiconv.checkpoint.safetensors_file import StoredDtype, TensorInfo, numpy_dtype
+from phiconv.checkpoint.safetensors_file import StoredDtype, TensorInfo
 from phiconv.checkpoint.weights import open_weights
 from phiconv.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from phiconv.checkpoint.weight_source import RoundedWeights
 
 
 class Checkpoint:
@@ -44,6 +46,7 @@ class Checkpoint:
         files: The names of config, tokenizer, generation config, chat template and licence files
             present, sorted.
         weight_files: The names of the safetensors files, sorted.
+        rounded: Weights that are integer codes already: none.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, broken or unsupported. Everything that
@@ -84,6 +87,7 @@ class Checkpoint:
         self._weights = weights.files
         self._digest_cache = digest_cache
         self._digests: dict[str, str] | None = None
+        self.rounded: RoundedWeights | None = None
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +123,7 @@ class Checkpoint:
             CheckpointError: There is no such tensor, or its file was changed since it was opened.
         """
         info = self._info(name)
-        return self._read(info, 0, info.shape, None)
+        return self._weights[info.file].read_items(info, 0, info.shape)
 
     def read_rows(
         self, name: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
@@ -141,10 +145,7 @@ class Checkpoint:
             IndexError: The tensor has no such rows.
             ValueError: `out` does not fit.
         """
-        info = self._info(name)
-        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
-            raise IndexError(f"{name} of shape {list(info.shape)} has no rows [{start}, {stop})")
-        return self._read(info, start, (stop - start, *info.shape[1:]), out)
+        return self._weights[self._info(name).file].read_rows(name, start, stop, out)
 
     def hash_files(
         self, *, threads: int | None = None, on_bytes: OnBytes | None = None
@@ -199,27 +200,6 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"there is no tensor {name!r}", where=str(self.path)) from None
-
-    def _read(
-        self,
-        info: TensorInfo,
-        start: int,
-        shape: tuple[int, ...],
-        out: np.ndarray[Any, Any] | None,
-    ) -> np.ndarray[Any, Any]:
-        import numpy as np
-
-        dtype = numpy_dtype(info.dtype)
-        if out is None:
-            out = np.empty(shape, dtype)
-        elif out.dtype != dtype and not (info.dtype == "bf16" and out.dtype == np.uint16):
-            raise ValueError(f"out is {out.dtype}, but {info.name} is {info.dtype}")
-        elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(f"out must be writable, C-contiguous and of shape {list(shape)}")
-        if out.nbytes:
-            buffer = out.reshape(-1).view(np.uint8).data
-            self._weights[info.file].read_into(info.offset + start * info.row_nbytes, buffer)
-        return out
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -25,17 +25,20 @@ from phiconv.errors import CheckpointError
 if TYPE_CHECKING:
     import numpy as np
 
-StoredDtype = Literal["bf16", "f16", "f32"]
+StoredDtype = Literal["bf16", "f16", "f32", "u8", "i32"]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
 MAX_DIMENSION = 2**63 - 1
 
-_DTYPES: Mapping[str, tuple[StoredDtype, int]] = {
+FLOATS: Mapping[str, tuple[StoredDtype, int]] = {
     "BF16": ("bf16", 2),
     "F16": ("f16", 2),
     "F32": ("f32", 4),
 }
+"""The format's names of what a checkpoint stores, each with its item's bytes."""
+NUMBERS: Mapping[str, tuple[StoredDtype, int]] = {**FLOATS, "U8": ("u8", 1), "I32": ("i32", 4)}
+"""Those, and the integers that quantized weights are packed into."""
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -74,6 +77,8 @@ def numpy_dtype(dtype: StoredDtype) -> np.dtype[Any]:
         "bf16": ml_dtypes.bfloat16,
         "f16": np.float16,
         "f32": np.float32,
+        "u8": np.uint8,
+        "i32": np.int32,
     }
     result: np.dtype[Any] = np.dtype(scalars[dtype])
     return result
@@ -91,12 +96,19 @@ class SafetensorsFile:
         tensors: Its tensors by name, in the order in which they are stored.
     """
 
-    def __init__(self, path: Path, name: str):
+    def __init__(
+        self, path: Path, name: str, dtypes: Mapping[str, tuple[StoredDtype, int]] = FLOATS
+    ):
         """Reads and checks the header.
+
+        Args:
+            path: The file.
+            name: Its name, relative to the checkpoint's folder.
+            dtypes: The dtypes that its tensors may have: `FLOATS` or `NUMBERS`.
 
         Raises:
             CheckpointError: The file is unreadable, truncated or malformed, or stores a tensor in
-                a dtype other than BF16, F16 and F32.
+                another dtype.
         """
         self.path = path
         self.name = name
@@ -108,7 +120,7 @@ class SafetensorsFile:
             raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
         self._identity = _identity(status)
         self.tensors: Mapping[str, TensorInfo] = _parse_tensors(
-            header, data_start, status.st_size, name, str(path)
+            header, data_start, status.st_size, name, str(path), dtypes
         )
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -137,6 +149,54 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"cannot be read any more: {error.strerror}", where=str(self.path)
             ) from error
+
+    def read_rows(
+        self, name: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
+    ) -> np.ndarray[Any, Any]:
+        """Reads rows `[start, stop)` of a tensor's first axis.
+
+        Args:
+            name: The tensor.
+            start: The first row.
+            stop: One past the last row.
+            out: Where to read to: C-contiguous, of shape `[stop - start, ...]` and of the stored
+                dtype, or uint16 for the bits of bf16. By default a new array.
+
+        Returns:
+            `out`, or the new array; bf16 has the dtype `ml_dtypes.bfloat16`.
+
+        Raises:
+            CheckpointError: The file was changed since it was opened.
+            IndexError: The tensor has no such rows.
+            KeyError: There is no such tensor.
+            ValueError: `out` does not fit.
+        """
+        info = self.tensors[name]
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise IndexError(f"{name} of shape {list(info.shape)} has no rows [{start}, {stop})")
+        return self.read_items(info, start, (stop - start, *info.shape[1:]), out)
+
+    def read_items(
+        self,
+        info: TensorInfo,
+        start: int,
+        shape: tuple[int, ...],
+        out: np.ndarray[Any, Any] | None = None,
+    ) -> np.ndarray[Any, Any]:
+        """Reads an array of `shape` that begins at row `start` of a tensor; see `read_rows`."""
+        import numpy as np
+
+        dtype = numpy_dtype(info.dtype)
+        if out is None:
+            out = np.empty(shape, dtype)
+        elif out.dtype != dtype and not (info.dtype == "bf16" and out.dtype == np.uint16):
+            raise ValueError(f"out is {out.dtype}, but {info.name} is {info.dtype}")
+        elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out must be writable, C-contiguous and of shape {list(shape)}")
+        if out.nbytes:
+            buffer = out.reshape(-1).view(np.uint8).data
+            self.read_into(info.offset + start * info.row_nbytes, buffer)
+        return out
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
@@ -181,7 +241,12 @@ def _read_exactly(handle: FileIO, count: int, where: str) -> bytes:
 
 
 def _parse_tensors(
-    header: dict[str, Any], data_start: int, size: int, file: str, where: str
+    header: dict[str, Any],
+    data_start: int,
+    size: int,
+    file: str,
+    where: str,
+    dtypes: Mapping[str, tuple[StoredDtype, int]],
 ) -> dict[str, TensorInfo]:
     """Checks every entry, that the byte ranges tile the data, and the file's length."""
     ranges: list[tuple[int, int, str]] = []
@@ -192,10 +257,10 @@ def _parse_tensors(
             continue
         dtype, shape, begin, end = _parse_entry(name, entry, where)
         ranges.append((begin, end, name))
-        if dtype not in _DTYPES:
+        if dtype not in dtypes:
             unsupported[name] = dtype
             continue
-        stored, itemsize = _DTYPES[dtype]
+        stored, itemsize = dtypes[dtype]
         nbytes = math.prod(shape) * itemsize
         if end - begin != nbytes:
             raise _damaged(
@@ -206,7 +271,7 @@ def _parse_tensors(
         tensors[name] = TensorInfo(name, stored, shape, nbytes, file, data_start + begin)
     _check_tiling(sorted(ranges), size, data_start, where)
     if unsupported:
-        raise _unsupported_dtypes(unsupported, where)
+        raise _unsupported_dtypes(unsupported, tuple(dtypes), where)
     return dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[0])))
 
 
@@ -270,10 +335,14 @@ def _changed(where: str) -> CheckpointError:
     )
 
 
-def _unsupported_dtypes(dtypes: dict[str, str], where: str) -> CheckpointError:
+def _unsupported_dtypes(
+    dtypes: dict[str, str], supported: tuple[str, ...], where: str
+) -> CheckpointError:
+    *first, last = supported
+    found = ", ".join(sorted(set(dtypes.values())))
     return CheckpointError(
-        f"only BF16, F16 and F32 are supported, but {', '.join(sorted(set(dtypes.values())))} "
-        f"is the dtype of {name_list(sorted(dtypes))}",
+        f"only {', '.join(first)} and {last} are supported, but {found} is the dtype of "
+        f"{name_list(sorted(dtypes))}",
         where=where,
         remedy="use the checkpoint in its original bf16, fp16 or fp32 form",
     )
