@@ -348,9 +348,12 @@ def _validation(plan: Plan, step: Step, entry: Entry) -> Validation:
 def manifest(plan: Plan, result: RunResult) -> dict[str, JSON]:
     """What manifest.json says besides the files; the same for every build of the same thing.
 
-    So it holds no time, no path, no measured figure and nothing of the machine.
+    So it holds no time, no path, no measured figure and nothing of the machine. The model's licence
+    goes with it, so that a release needs no more than the output folder.
     """
-    recipe = plan.recipe
+    from phiconv.checkpoint.licence import model_terms
+
+    recipe, terms = plan.recipe, model_terms(plan.checkpoint)
     return {
         "phiconv_version": __version__,
         "recipe": {
@@ -360,6 +363,7 @@ def manifest(plan: Plan, result: RunResult) -> dict[str, JSON]:
             "resolved": recipe.resolved(),
         },
         "checkpoint": asdict(result.checkpoint),
+        "terms": {**asdict(terms), "languages": list(terms.languages)},
         "steps": [
             {
                 "id": step.id,

@@ -49,7 +49,7 @@ def model_terms(checkpoint: Checkpoint) -> ModelTerms:
     licences = (text for name, text in files.items() if not _is_notice(name))
     said.setdefault("license", next(filter(None, map(recognised_licence, licences)), None))
     language = card.get("language")
-    languages = [language] if isinstance(language, str) else language or ()
+    languages = language if isinstance(language, list) else [language]
     return ModelTerms(
         **said, languages=tuple(item for item in languages if isinstance(item, str)), files=files
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phiconv.checkpoint.json_object import read_json_object
+from phiconv.checkpoint.licence import recognised_licence
 from phiconv.errors import StageError
 from phiconv.gguf.file_types import FILE_TYPES, FileTypeName
 from phiconv.gguf.vocabulary import Vocabulary
@@ -33,9 +34,6 @@ _SAMPLING = {
     "temperature": "sampling_temp",
     "repetition_penalty": "sampling_penalty_repeat",
 }
-# What the first lines of a licence say -> its SPDX identifier, as model cards write it.
-_LICENCES = {"MIT License": "mit", "Apache License": "apache-2.0"}
-_LICENCE_HEAD = 400
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,7 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     for file in checkpoint.files:
         if Path(file).stem.upper() in ("LICENSE", "LICENCE"):
             text = (checkpoint.path / file).read_text(encoding="utf-8", errors="replace")
-            head = text[:_LICENCE_HEAD]
-            return next((spdx for title, spdx in _LICENCES.items() if title in head), None)
+            return recognised_licence(text)
     return None
 
 

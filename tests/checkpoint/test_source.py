@@ -29,6 +29,8 @@ METADATA = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
+CARD = "README.md"
+DOWNLOADED = sorted([*METADATA, CARD])
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = "model.safetensors.index.json"
 
@@ -185,7 +187,7 @@ def test_a_model_is_pinned_to_its_commit(environment, tmp_path, revision):
     assert checkpoint.path == tmp_path / "hub" / "models--org--phi" / "snapshots" / COMMIT
     assert checkpoint.files == tuple(METADATA)
     assert checkpoint.weight_files == tuple(SHARDS)
-    assert environment.downloads == sorted([*METADATA, INDEX, *SHARDS])
+    assert environment.downloads == sorted([*DOWNLOADED, INDEX, *SHARDS])
     assert sum(seen) == sum((environment.folder / shard).stat().st_size for shard in SHARDS)
     expected = Checkpoint(environment.folder)
     assert checkpoint.digest == expected.digest
@@ -274,7 +276,7 @@ def test_a_pickled_model_is_refused_without_a_download(environment):
     error = refusal(CheckpointError, "org/phi")
     assert "the weights are pickled ('pytorch_model.bin')" in error.message
     assert error.where == f"org/phi@{COMMIT}"
-    assert environment.downloads == METADATA
+    assert environment.downloads == DOWNLOADED
 
 
 def test_a_shard_outside_the_repository_is_refused(environment):
