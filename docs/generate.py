@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from phiconv.cli import cli
+from phiconv.recipe.graph import optional_kinds
 from phiconv.recipe.schema import recipe_schema, stage_schema
 from phiconv.report.document import report_schema
 from phiconv.stages.registry import STAGES
@@ -102,6 +103,7 @@ def _stage_table() -> str:
     rows = []
     for name, stage in STAGES.items():
         takes = " or ".join(stage.accepts) or "the checkpoint"
+        takes += "".join(f", maybe {kind}" for kind in optional_kinds(stage))
         rows.append((f"[`{name}`](#{name})", takes, stage.produces))
     return _markdown_table(("uses", "takes", "makes"), rows)
 

@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import BaseModel
 
 from phiconv import machine
-from phiconv.errors import PhiconvError, Problems
-from phiconv.recipe.graph import in_order, writer_between
+from phiconv.errors import PhiconvError, Problems, RecipeError
+from phiconv.recipe.graph import in_order, optional_kinds, writer_between
 from phiconv.recipe.model import Recipe, StageUse
 from phiconv.stages.registry import STAGES, WRITERS
 from phiconv.stages.stage import (
     JSON,
     MEASUREMENT,
+    ONNX_GRAPH,
+    OVERLAY,
     Estimate,
     Estimating,
     InputChecking,
+    InputFitting,
     InputRef,
     Prerequisite,
     Prerequisites,
@@ -221,10 +224,15 @@ class _Planner:
             kind = self.steps[name].stage.produces
             needs_writer = writer_between(kind, use.stage, self._registry) is not None
             sources.append((self.written(name) if needs_writer else self.steps[name]).ref)
+        sources = self._with_overlay(use.stage, sources, use.place)
+        errors: list[PhiconvError] = []
         if isinstance(use.stage, InputChecking):
-            for error in use.stage.check_inputs(use.params, [source.kind for source in sources]):
-                error.where = f"{use.place} ({error.where})" if error.where else use.place
-                raise error
+            errors += use.stage.check_inputs(use.params, [source.kind for source in sources])
+        if isinstance(use.stage, InputFitting):
+            errors += use.stage.check_fit(use.params, self._checkpoint.config, sources)
+        for error in errors:
+            error.where = f"{use.place} ({error.where})" if error.where else use.place
+            raise error
         if isinstance(use.stage, Prerequisites):
             needed = use.stage.prerequisites(use.params)
             sources += [self._prerequisite(item, use).ref for item in needed]
@@ -238,8 +246,34 @@ class _Planner:
             return source
         step_id = f"{name}.{writer.produces}"
         if step_id not in self.steps:
-            self._add(step_id, writer, writer.params(), [source.ref], source.place, added=True)
+            sources = self._with_overlay(writer, [source.ref], source.place)
+            self._add(step_id, writer, writer.params(), sources, source.place, added=True)
         return self.steps[step_id]
+
+    def _with_overlay(self, stage: Stage, sources: list[InputRef], place: str) -> list[InputRef]:
+        """The inputs, with the overlay that a graph among them was quantized with.
+
+        A graph says how its weights are computed, not from what: whoever computes them needs the
+        overlay, too.
+        """
+        if OVERLAY not in optional_kinds(stage):
+            return sources
+        behind = {ref.id: ref for ref in self._overlays_behind(sources)}
+        overlays = behind | {ref.id: ref for ref in sources if ref.kind == OVERLAY}
+        if len(overlays) > 1:
+            raise RecipeError(
+                f"two overlays for one graph: {', '.join(overlays)}",
+                where=place,
+                remedy="take the same overlay in every stage",
+            )
+        return [*sources, *(ref for ref in overlays.values() if ref not in sources)]
+
+    def _overlays_behind(self, sources: Iterable[InputRef]) -> Iterable[InputRef]:
+        for graph in sources:
+            if graph.kind == ONNX_GRAPH and graph != self._given:
+                inputs = self.steps[graph.id].inputs
+                yield from (ref for ref in inputs if ref.kind == OVERLAY)
+                yield from self._overlays_behind(inputs)
 
     def _prerequisite(self, item: Prerequisite, use: StageUse) -> Step:
         stage = self._registry[item.uses]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from phiconv.errors import PhiconvError, RecipeError
 from phiconv.recipe.keys import did_you_mean
 from phiconv.stages.registry import WRITERS
-from phiconv.stages.stage import MEASUREMENT, Stage
+from phiconv.stages.stage import MEASUREMENT, OptionalInputs, Stage
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ def writer_between(kind: str, stage: Stage, registry: Mapping[str, Stage]) -> St
     """The stage to put between an artifact of `kind` and a `stage` that takes it written."""
     writer = registry.get(WRITERS.get(kind, ""))
     return writer if writer is not None and writer.produces in stage.accepts else None
+
+
+def optional_kinds(stage: Stage) -> tuple[str, ...]:
+    """Kinds of the inputs that a stage takes but can do without."""
+    return stage.accepts_also if isinstance(stage, OptionalInputs) else ()
 
 
 def connect(
@@ -95,7 +100,7 @@ def _inputs(
     ]
     if node.stage is None:
         return known, errors
-    if not node.stage.accepts:
+    if not node.stage.accepts and not (node.sources and optional_kinds(node.stage)):
         if node.sources:
             errors = [_error(node, "reads the checkpoint itself", "take its `from` away")]
         return (), errors
@@ -110,16 +115,22 @@ def _mismatches(
 ) -> list[PhiconvError]:
     errors: list[PhiconvError] = []
     kinds: list[str] = []
+    accepted = (*stage.accepts, *optional_kinds(stage))
     for source in sources:
         if source.stage is None:
             continue
         kind = source.stage.produces
         writer = writer_between(kind, stage, registry)
         kinds.append(writer.produces if writer else kind)
-        if kinds[-1] not in stage.accepts:
-            accepts = " or ".join(stage.accepts)
+        if kinds[-1] not in accepted:
+            accepts = " or ".join(accepted)
             message = f"takes {accepts}, but stage {source.id!r} ({source.stage.name}) makes {kind}"
             errors.append(_error(node, message, "name the right stage with `from`"))
+    lacks = stage.accepts and not set(kinds) & set(stage.accepts)
+    if lacks and kinds and not errors:
+        accepts = " or ".join(stage.accepts)
+        message = f"needs an input of kind {accepts} besides {', '.join(kinds)}"
+        errors.append(_error(node, message, "name it with `from`, too"))
     if len(set(kinds)) < len(kinds):
         errors.append(_error(node, f"takes two inputs of one kind: {', '.join(kinds)}", None))
     return errors

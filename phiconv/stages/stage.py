@@ -264,6 +264,27 @@ class Estimating(Protocol):
 
 
 @runtime_checkable
+class OptionalInputs(Protocol):
+    """A stage that takes more inputs than it needs."""
+
+    @property
+    def accepts_also(self) -> tuple[str, ...]:
+        """Kinds of which it takes one besides those of `accepts`, where `from` names it."""
+        ...
+
+
+@runtime_checkable
+class InputFitting(Protocol):
+    """A stage whose parameters must fit what its inputs were made with."""
+
+    def check_fit(
+        self, params: Any, config: ModelConfig, inputs: Sequence[InputRef]
+    ) -> list[PhiconvError]:
+        """Finds what cannot work with inputs made by these steps; [] when all is well."""
+        ...
+
+
+@runtime_checkable
 class InputChecking(Protocol):
     """A stage whose parameters fit only some of the kinds that it accepts."""
 
