@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from phiconv.errors import EnvironmentLacksError, GateError, PhiconvError, Problems, RecipeError
 from phiconv.index import INDEX, check_page, write_index
+from phiconv.lock import Locked, check_plans
 from phiconv.plan import Plan, make_plan
 from phiconv.preflight import preflight
 from phiconv.progress import Display
@@ -116,7 +117,9 @@ def make_plans(
     registry: Mapping[str, Stage] = STAGES,
     *,
     rebuild: bool = False,
-    build: bool = False,
+    download: bool = False,
+    preload: bool = False,
+    locks: Mapping[str, Locked] | None = None,
 ) -> list[Plan]:
     """Plans every recipe; recipes with one source share the opened checkpoint.
 
@@ -126,18 +129,25 @@ def make_plans(
         display: Where progress is shown.
         registry: The stages.
         rebuild: Treat every step as not cached.
-        build: Whether this is to build, not only to plan; see `open_checkpoint`.
+        download: Whether models of the Hub may be downloaded.
+        preload: Import what the stages need meanwhile; see `open_checkpoint`.
+        locks: By recipe name: what the plans must be made of.
 
     Raises:
-        PhiconvError: A source cannot be opened, or a stage cannot work with it.
+        PhiconvError: A source cannot be opened, a stage cannot work with it, or something is not
+            as it was locked.
     """
     opened: dict[tuple[str, str | None], Checkpoint] = {}
     plans: list[Plan] = []
     for recipe in recipes:
-        source = (recipe.source, recipe.text.model.revision)
+        source = (recipe.source, recipe.revision)
         if source not in opened:
-            opened[source] = open_checkpoint(recipe, workspace, display, build=build)
+            opened[source] = open_checkpoint(
+                recipe, workspace, display, download=download, preload=preload
+            )
         plans.append(make_plan(recipe, opened[source], workspace, registry, rebuild=rebuild))
+    if locks is not None:
+        check_plans(plans, locks)
     return plans
 
 
@@ -150,6 +160,7 @@ def build_all(
     out: Path | None = None,
     threads: int = 1,
     rebuild: bool = False,
+    locks: Mapping[str, Locked] | None = None,
 ) -> list[Outcome]:
     """Builds recipes one after the other; one that fails does not stop the next.
 
@@ -163,6 +174,7 @@ def build_all(
         out: The output folder, see `output_folders`.
         threads: How many threads a stage may use.
         rebuild: Run every stage, whatever the workspace has.
+        locks: By recipe name: what the builds must be made of.
 
     Raises:
         PhiconvError: Something is wrong that can be known before any work starts.
@@ -175,7 +187,16 @@ def build_all(
         check_page(page)
     outcomes: list[Outcome] = []
     with open_session(workspace) as session:
-        plans = make_plans(recipes, workspace, display, registry, rebuild=rebuild, build=True)
+        plans = make_plans(
+            recipes,
+            workspace,
+            display,
+            registry,
+            rebuild=rebuild,
+            download=True,
+            preload=True,
+            locks=locks,
+        )
         preflight([(plan, folders[plan.recipe.name]) for plan in plans], workspace)
         for plan in plans:
             for warning in plan.warnings:

@@ -75,7 +75,12 @@ class Made:
 
 
 def open_checkpoint(
-    recipe: Recipe, workspace: Workspace, display: Display, *, build: bool
+    recipe: Recipe,
+    workspace: Workspace,
+    display: Display,
+    *,
+    download: bool,
+    preload: bool,
 ) -> Checkpoint:
     """Opens a recipe's source and hashes what was not hashed before.
 
@@ -83,8 +88,8 @@ def open_checkpoint(
         recipe: The recipe.
         workspace: Keeps the digests.
         display: Where progress is shown.
-        build: Whether this is to build, not only to plan: a model of the Hub may be downloaded,
-            and what the stages need is imported meanwhile.
+        download: Whether a model of the Hub may be downloaded.
+        preload: Import what the stages need while an unknown checkpoint is hashed.
 
     Raises:
         CheckpointError: The checkpoint is broken, incomplete or unsupported.
@@ -96,13 +101,13 @@ def open_checkpoint(
         progress = display.step("checkpoint", recipe.source, lambda: meter.peak_rss_bytes)
         checkpoint = resolve(
             recipe.source,
-            recipe.text.model.revision,
+            recipe.revision,
             DigestCache(workspace.digests),
-            download=build,
+            download=download,
             on_bytes=lambda count: progress.advance(count, "downloading"),
         )
         progress.start(checkpoint.file_nbytes)
-        if build and not checkpoint.is_hashed():
+        if preload and not checkpoint.is_hashed():
             # Nothing of an unknown checkpoint is cached: every stage will run.
             threading.Thread(target=_preload, args=[recipe], name="phiconv-preload").start()
         checkpoint.hash_files(on_bytes=lambda count: progress.advance(count, "hashing"))

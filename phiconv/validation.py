@@ -97,7 +97,7 @@ def validate_artifact(
     _raise(Validate().check_inputs(subject.params, (found.kind,)))
     out = out or DIST / f"{subject.name}-validation"
     with open_session(workspace) as session:
-        checkpoint = open_checkpoint(recipe, workspace, display, build=True)
+        checkpoint = open_checkpoint(recipe, workspace, display, download=True, preload=True)
         _check_vocabulary(found, checkpoint.config.vocab_size)
         files = _hash(found, workspace, display)
         given = InputRef(ARTIFACT, found.kind, _key(found.kind, files), found.path)
@@ -143,7 +143,7 @@ def diagnose_artifact(
     params = subject.params
     folder = open_folder(subject.artifact)
     provider = choose(params.provider, params.when_missing)
-    checkpoint = open_checkpoint(_recipe(subject), workspace, display, build=True)
+    checkpoint = open_checkpoint(_recipe(subject), workspace, display, download=True, preload=True)
     tokens = load_token_set(
         params.tokens,
         checkpoint,

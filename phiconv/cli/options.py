@@ -44,13 +44,19 @@ quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Show only verdicts, failures and errors."
 )
 
+locked_option = click.option(
+    "--locked",
+    is_flag=True,
+    help="Refuse when anything is not as `phiconv lock` found it: recipe, model, texts, tools.",
+)
+
 rebuild_option = click.option(
     "--rebuild", is_flag=True, help="Run every stage, whatever the cache has."
 )
 
 
 def recipe_options(function: Function) -> Function:
-    """What `build` and `plan` share."""
+    """What `build`, `plan` and `lock` share."""
     for option in reversed(
         [
             click.argument(
@@ -70,7 +76,6 @@ def recipe_options(function: Function) -> Function:
                 help="Replace a parameter of a stage; nested keys are joined with dots. "
                 "Repeatable.",
             ),
-            rebuild_option,
         ]
     ):
         function = option(function)

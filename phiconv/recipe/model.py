@@ -138,6 +138,7 @@ class Recipe:
         source: What to open: a Hub id or a path that exists where `phiconv` was started.
         stages: In the recipe's order.
         warnings: What is odd but works.
+        commit: The commit of a Hub model that a lock names.
     """
 
     text: RecipeText
@@ -146,6 +147,12 @@ class Recipe:
     source: str
     stages: tuple[StageUse, ...]
     warnings: tuple[str, ...] = ()
+    commit: str | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of a Hub model to open."""
+        return self.commit or self.text.model.revision
 
     @property
     def name(self) -> str:
