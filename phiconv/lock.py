@@ -282,7 +282,7 @@ class Locked:
         # A key differs because of something else that does, which has a name of its own.
         causes = [item for item in steps if item.path[-1] != "key"]
         found += causes if causes or found else steps
-        tools = {name: now.tools.get(name) for name in self.lock.tools} | now.tools
+        tools = {**self.lock.tools, **now.tools}
         return self._errors([*found, *_diff(self.lock.tools, tools, ("tools",))])
 
     def pinned(self, recipe: Recipe) -> Recipe:
