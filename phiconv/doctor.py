@@ -18,6 +18,7 @@ _PACKAGES = (
     "onnx",
     "onnx-ir",
     "gguf",
+    "olive-ai",
     "torch",
     "transformers",
     "tokenizers",
@@ -28,6 +29,7 @@ _PACKAGES = (
     "ml_dtypes",
     "pydantic",
 )
+_OPTIONAL = ("olive-ai",)
 _PROVIDERS = (machine.CPU, machine.CUDA, machine.DML)
 
 
@@ -66,7 +68,8 @@ def _packages() -> list[Finding]:
     for name in _PACKAGES:
         installed = machine.distribution(name)
         label, value = installed or (name, "not installed")
-        found.append(Finding("packages", label, value, ok=installed is not None))
+        absent = None if name in _OPTIONAL else False
+        found.append(Finding("packages", label, value, ok=True if installed else absent))
     return found
 
 

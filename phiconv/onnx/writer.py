@@ -85,7 +85,8 @@ def write_model(
     work = _Work(checkpoint, progress)
     with DataFile(folder / DATA_FILE, regions) as data:
         for name, tensor in constants.items():
-            data.write(regions[name].offset, np.ascontiguousarray(tensor.numpy()))
+            # as stored: numpy has no type for two 4-bit numbers a byte
+            data.write(regions[name].offset, np.frombuffer(tensor.tobytes(), np.uint8))
             data.complete(regions[name].offset, regions[name].end)
         _run(jobs, work, data, threads)
         work.raise_findings()

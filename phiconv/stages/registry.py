@@ -10,6 +10,7 @@ from phiconv.stages.cast import Cast
 from phiconv.stages.convert_gguf import ConvertGguf
 from phiconv.stages.export_onnx import ExportOnnx
 from phiconv.stages.imatrix import Imatrix
+from phiconv.stages.olive import Olive
 from phiconv.stages.quantize import Quantize
 from phiconv.stages.reference import Reference
 from phiconv.stages.stage import ONNX_GRAPH, Stage
@@ -21,6 +22,7 @@ STAGES: dict[str, Stage] = {
     "quantize": Quantize(),
     "cast": Cast(),
     "write-onnx": WriteOnnx(),
+    "olive": Olive(),
     "imatrix": Imatrix(),
     "convert-gguf": ConvertGguf(),
     "reference": Reference(),
