@@ -41,6 +41,7 @@ from phiconv.units import size_text
 from phiconv.workspace import Entry, Session, Workspace
 from phiconv.workspace.disk import disk_full
 from phiconv.workspace.entry import ARTIFACT
+from phiconv.workspace.store import remove_tree
 
 if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
@@ -206,6 +207,9 @@ class Runner:
         return Made(entry, _record(step, entry, None))
 
     def _run(self, step: Step, inputs: list[Path]) -> Made:
+        unfinished = self._session.workspace.unfinished_work(step.key)
+        if self._plan.rebuild:
+            remove_tree(unfinished)
         with self._session.scratch() as folder, Meter() as meter:
             context = StageContext(
                 out=folder / ARTIFACT,
@@ -216,6 +220,7 @@ class Runner:
                 checkpoint=self._plan.checkpoint,
                 threads=self._threads,
                 progress=self._display.step(step.id, step.stage.name, lambda: meter.peak_rss_bytes),
+                unfinished=unfinished,
             )
             try:
                 facts = step.stage.run(step.params, context)
@@ -228,6 +233,7 @@ class Runner:
                 )
             except (OSError, MemoryError, PhiconvError) as error:
                 raise _explained(error, step, folder) from error
+        remove_tree(unfinished)
         return Made(entry, _record(step, entry, usage))
 
     def _entry(self, step: Step, folder: Path, facts: Mapping[str, JSON], usage: Usage) -> Entry:

@@ -166,6 +166,28 @@ def test_a_failed_stage_keeps_the_old_output_and_is_never_cached(bench: Bench) -
     assert bench.build(STAMPED).exit_code == 0
 
 
+def test_unfinished_work_outlives_a_failure_but_not_the_artifact(bench: Bench) -> None:
+    (bench.folder / "mark.txt").write_text("x")
+    found: list[list[str]] = []
+
+    def work(ctx: StageContext) -> None:
+        assert ctx.unfinished is not None
+        ctx.unfinished.mkdir(exist_ok=True)
+        found.append(sorted(path.name for path in ctx.unfinished.iterdir()))
+        (ctx.unfinished / f"layer-{len(found)}").write_text("done")
+        if len(found) < 3:
+            raise StageError("killed")
+
+    stages = registry(stamp=Stamp(work))
+    assert [bench.build(STAMPED, stages).exit_code for _ in range(3)] == [3, 3, 0]
+    assert found == [[], ["layer-1"], ["layer-1", "layer-2"]]
+    assert list(bench.workspace.unfinished.iterdir()) == []
+    found[:] = [[]]
+    bench.build(STAMPED, stages, rebuild=True)
+    bench.build(STAMPED, stages, rebuild=True)
+    assert found[1:] == [[], []]
+
+
 def test_a_full_disk_is_the_environments_fault(bench: Bench) -> None:
     error = failing(bench, OSError(errno.ENOSPC, "No space left on device", "x"))
     assert isinstance(error, EnvironmentLacksError)

@@ -339,3 +339,26 @@ def test_a_workspace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_same_device_of_places_that_do_not_exist(tmp_path: Path) -> None:
     assert same_device(tmp_path / "a" / "b", tmp_path / "c")
+
+
+def test_collects_unfinished_work_that_nobody_is_at(session: Session) -> None:
+    work = {key: session.workspace.unfinished_work(key) for key in (KEY, "cd" + KEY[2:])}
+    for folder in work.values():
+        folder.mkdir()
+        (folder / "layer-0").write_bytes(b"x")
+    then = time.time() - 86400
+    os.utime(work[KEY], (then, then))
+    assert collect(session, older_than=timedelta(days=2)).unfinished == ()
+    assert collect(session, older_than=timedelta(hours=1), dry_run=True).unfinished == (work[KEY],)
+    assert collect(session, older_than=timedelta(hours=1)).unfinished == (work[KEY],)
+    with other_process(
+        session.workspace,
+        f"""
+    with session.lock({"cd" + KEY[2:]!r}):
+        print("ready", flush=True)
+        sys.stdin.readline()
+    """,
+    ):
+        assert collect(session).unfinished == ()
+    assert len(collect(session).unfinished) == 1
+    assert list(session.workspace.unfinished.iterdir()) == []

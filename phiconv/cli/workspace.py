@@ -36,7 +36,8 @@ def cache_ls() -> None:
 def cache_gc(older_than: str | None, max_size: str | None, dry_run: bool) -> None:
     """Remove artifacts that are old or too many.
 
-    What killed builds left is always removed. What a running build may be using is kept. Large
+    What killed builds left is always removed, but what they could go on from stays with
+    --older-than until it is that old. What a running build may be using is kept. Large
     files that dist/ shares with the workspace take their disk space until they are removed there,
     too.
     """
@@ -58,6 +59,8 @@ def cache_gc(older_than: str | None, max_size: str | None, dry_run: bool) -> Non
     click.echo(f"{len(done.entries)} artifacts {verb}, {size_text(done.freed_bytes)}")
     if done.broken:
         click.echo(f"{len(done.broken)} broken ones {verb}")
+    if done.unfinished:
+        click.echo(f"unfinished work of {len(done.unfinished)} killed steps {verb}")
     if done.in_use:
         click.echo(f"{done.in_use} kept, because a running build may use them")
     click.echo(f"{size_text(done.kept_bytes)} kept")

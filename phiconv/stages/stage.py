@@ -153,6 +153,9 @@ class StageContext:
         progress: Where to report progress.
         digests: sha256 (hexadecimal) by path relative to `out`, of files whose digest the stage
             came to know while it wrote them; see `record_digest`.
+        unfinished: Where a long stage keeps what it has done so far: a folder of this step alone
+            that is there again, as it was left, when the step is run after a kill, and is removed
+            once the artifact is published. The stage makes it; None where nothing can be kept.
     """
 
     out: Path
@@ -161,6 +164,7 @@ class StageContext:
     threads: int = 1
     progress: Progress = field(default_factory=SilentProgress)
     digests: dict[str, str] = field(default_factory=dict)
+    unfinished: Path | None = None
 
     def record_digest(self, relative_path: str, sha256: str) -> None:
         """Hands over the sha256 of a file written to `out`, so that it is not read again.

@@ -26,12 +26,14 @@ class Collected:
     Attributes:
         entries: Entries, least recently used first.
         broken: Folders without a whole manifest.
+        unfinished: What killed steps could have gone on from.
         kept_bytes: Size of what stays.
         in_use: Entries that were due but may be in use by a running build.
     """
 
     entries: tuple[Entry, ...]
     broken: tuple[Path, ...]
+    unfinished: tuple[Path, ...]
     kept_bytes: int
     in_use: int
 
@@ -73,14 +75,14 @@ def collect(
     max_bytes: int | None = None,
     dry_run: bool = False,
 ) -> Collected:
-    """Removes entries, and folders that are no entry.
+    """Removes entries, folders that are no entry, and unfinished work.
 
     Nothing is removed that another running session may be using: what it uses it touches, so only
     entries last used before the oldest of them began are taken, each under its key's lock.
 
     Args:
         session: The session that collects.
-        older_than: Remove what was last used longer ago than this.
+        older_than: Remove what was last used longer ago than this; younger unfinished work stays.
         max_bytes: Then remove the least recently used until this much is left.
         dry_run: Remove nothing; say what would go.
     """
@@ -105,8 +107,26 @@ def collect(
     if not dry_run:
         for folder in broken:
             _take(session, folder.name, folder, others, dry_run)
+    unfinished = _take_unfinished(session, older_than, now, dry_run)
+    if not dry_run:
         _forget_locks(workspace)
-    return Collected(tuple(removed), broken, total, in_use)
+    return Collected(tuple(removed), broken, unfinished, total, in_use)
+
+
+def _take_unfinished(
+    session: Session, older_than: timedelta | None, now: float, dry_run: bool
+) -> tuple[Path, ...]:
+    """Removes what no running step is at, and returns it."""
+    taken: list[Path] = []
+    for folder in sorted(session.workspace.unfinished.iterdir()):
+        with session.workspace.try_lock(folder.name) as held:
+            age = now - folder.stat().st_mtime if held else 0.0
+            if not held or (older_than is not None and age <= older_than.total_seconds()):
+                continue
+            taken.append(folder)
+            if not dry_run:
+                session.discard(folder)
+    return tuple(taken)
 
 
 def _take(session: Session, key: str, folder: Path, others: float | None, dry_run: bool) -> bool:

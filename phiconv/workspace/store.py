@@ -23,6 +23,7 @@ class Workspace:
     - `artifacts/<kind>/<key[:2]>/<key>/`: one folder an entry: `artifact/`, `manifest.json`;
     - `locks/`: one lock file for each key that was ever built;
     - `sessions/`: the half-made artifacts of running processes;
+    - `unfinished/<key>/`: what long steps had done when they were killed, to go on from there;
     - `digests/`: digests of checkpoint files already read.
 
     Args:
@@ -58,6 +59,15 @@ class Workspace:
         return self.home / "sessions"
 
     @property
+    def unfinished(self) -> Path:
+        """What killed steps can go on from."""
+        return self.home / "unfinished"
+
+    def unfinished_work(self, key: str) -> Path:
+        """Where a step keeps what it has done; used under its key's lock only."""
+        return self.unfinished / key
+
+    @property
     def digests(self) -> Path:
         """The cache of checkpoint digests."""
         return self.home / "digests"
@@ -69,7 +79,13 @@ class Workspace:
             EnvironmentLacksError: The place cannot be written.
         """
         try:
-            for folder in (self.artifacts, self.locks, self.sessions, self.digests):
+            for folder in (
+                self.artifacts,
+                self.locks,
+                self.sessions,
+                self.unfinished,
+                self.digests,
+            ):
                 folder.mkdir(parents=True, exist_ok=True)
             tag = self.home / "CACHEDIR.TAG"
             if not tag.exists():
