@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -292,6 +293,14 @@ class OverlaidCheckpoint:
     def digest(self) -> str:
         """The checkpoint's digest; the overlay is not in it."""
         return self._checkpoint.digest
+
+    def for_grid(self, grid: Grid) -> OverlaidCheckpoint:
+        """Itself, but clipped if the overlay's limits are for this grid."""
+        return self._clipped if grid == self.overlay.grid and self.overlay.clips else self
+
+    @cached_property
+    def _clipped(self) -> OverlaidCheckpoint:
+        return self if self._clip else OverlaidCheckpoint(self._checkpoint, self.overlay, clip=True)
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """Reads a whole tensor into a new array, as `Checkpoint.read` does."""

@@ -21,7 +21,7 @@ from phiconv.errors import CheckpointError
 if TYPE_CHECKING:
     import numpy as np
 
-    from phiconv.checkpoint.weight_source import RoundedWeights
+    from phiconv.checkpoint.weight_source import Grid, RoundedWeights
 
 
 class Checkpoint:
@@ -109,6 +109,10 @@ class Checkpoint:
         A tied checkpoint may hold `lm_head.weight` nevertheless; transformers then uses it.
         """
         return LM_HEAD if LM_HEAD in self.tensors else EMBEDDING
+
+    def for_grid(self, grid: Grid) -> Checkpoint:
+        """The checkpoint: nothing in it is for one grid only."""
+        return self
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """Reads a whole tensor.

@@ -84,6 +84,13 @@ class WeightSource(Protocol):
         """The name of the tensor that is the head's weight."""
         ...
 
+    def for_grid(self, grid: Grid) -> WeightSource:
+        """What to read for weights that will be quantized on this grid.
+
+        The same, but for clip limits that were searched for it.
+        """
+        ...
+
     @property
     def rounded(self) -> RoundedWeights | None:
         """What has integer codes besides."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from phiconv.errors import ExportError
 from phiconv.onnx import weights as plan
-from phiconv.onnx.weights import Expression
+from phiconv.onnx.weights import Expression, Packed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 GRAPH_FILE = "graph.onnx"
 WEIGHTS_FILE = "weights.json"
 GENAI_FOLDER = "genai"
+OVERLAY_KEY_FILE = "overlay.key"
 DATA_FILE = "model.onnx.data"
 
 
@@ -29,11 +30,13 @@ class OnnxGraph:
             dtype and shape but no data; any other initializer holds its data.
         weights: Expression by initializer name.
         genai: Folder with genai_config.json and the tokenizer files.
+        overlay: Key of the overlay through which the weights are to be read; None for none.
     """
 
     model: ir.Model
     weights: dict[str, Expression] = field(default_factory=dict)
     genai: Path | None = None
+    overlay: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> OnnxGraph:
@@ -43,9 +46,11 @@ class OnnxGraph:
         try:
             model = ir.load(folder / GRAPH_FILE)
             weights = json.loads((folder / WEIGHTS_FILE).read_text(encoding="utf-8"))
+            key = folder / OVERLAY_KEY_FILE
+            overlay = key.read_text(encoding="utf-8") if key.exists() else None
         except (OSError, ValueError) as error:
             raise ExportError(f"not a lazy ONNX artifact: {error}", where=str(folder)) from error
-        return cls(model, plan.from_json(weights), folder / GENAI_FOLDER)
+        return cls(model, plan.from_json(weights), folder / GENAI_FOLDER, overlay)
 
     def save(self, folder: Path) -> None:
         """Write graph, weight plan and side files into an existing folder."""
@@ -57,6 +62,8 @@ class OnnxGraph:
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         document = json.dumps(plan.to_json(self.weights), indent=0, sort_keys=True)
         (folder / WEIGHTS_FILE).write_text(document, encoding="utf-8")
+        if self.overlay is not None:
+            (folder / OVERLAY_KEY_FILE).write_text(self.overlay, encoding="utf-8")
         if self.genai is not None and self.genai != folder / GENAI_FOLDER:
             shutil.copytree(self.genai, folder / GENAI_FOLDER)
 
@@ -71,6 +78,10 @@ class OnnxGraph:
         self.model.graph.register_initializer(value)
         self.weights[name] = expr
         return value
+
+    def count_copied(self) -> int:
+        """How many weights are copied from codes, not quantized."""
+        return len({expr.group for expr in self.weights.values() if isinstance(expr, Packed)})
 
     def remove_initializer(self, name: str) -> None:
         """Drop an initializer that no node uses any more."""

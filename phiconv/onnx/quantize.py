@@ -7,16 +7,18 @@ the writer evaluates. Operator layouts: ONNX Runtime contrib operators `MatMulNB
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phiconv.errors import ExportError
 from phiconv.onnx.graph import OnnxGraph
-from phiconv.onnx.weights import Blockwise, Dense, Part, Quantization, Search
+from phiconv.onnx.weights import Blockwise, Dense, Packed, Part, Quantization, Search
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from phiconv.checkpoint.weight_source import Grid
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Target:
     search: Search
     accuracy_level: int
 
+    @property
+    def grid(self) -> Grid:
+        """What its codes are on."""
+        from phiconv.checkpoint.weight_source import Grid
+
+        return Grid(self.bits, self.block_size, self.symmetric)
+
 
 Choose = Callable[["WeightInfo"], "Target | None"]
 
@@ -57,12 +66,16 @@ class WeightInfo:
     role: str
 
 
-def quantize_graph(graph: OnnxGraph, choose: Choose) -> dict[str, Target]:
+def quantize_graph(
+    graph: OnnxGraph, choose: Choose, rounded: Mapping[str, Grid] | None = None
+) -> dict[str, Target]:
     """Replace weights by block-wise quantized ones, in place.
 
     Args:
         graph: A lazy graph; its dense 2-D weights used by MatMul or Gather are candidates.
         choose: Returns what a weight becomes, or None to leave it as it is.
+        rounded: Grids of the checkpoint tensors that are integer codes already; on their own grid
+            these are copied.
 
     Returns:
         What was quantized, by initializer name.
@@ -88,8 +101,10 @@ def quantize_graph(graph: OnnxGraph, choose: Choose) -> dict[str, Target]:
                 f"{name} is shared by several nodes and cannot be quantized for one of them",
                 remedy="export with separate embedding and head",
             )
+        tensors = {rows.tensor for rows in expr.rows}
+        copied = all((rounded or {}).get(tensor) == target.grid for tensor in tensors)
         if node.op_type == "MatMul":
-            _quantize_matmul(graph, node, expr, target)
+            _quantize_matmul(graph, node, expr, target, Packed if copied else Blockwise)
         else:
             _quantize_gather(graph, node, expr, target)
         graph.remove_initializer(name)
@@ -106,7 +121,9 @@ def _describe(name: str, expr: Dense, op_type: str) -> WeightInfo:
     return WeightInfo(name, tuple(dict.fromkeys(rows.tensor for rows in expr.rows)), role)
 
 
-def _quantize_matmul(graph: OnnxGraph, node: ir.Node, expr: Dense, target: Target) -> None:
+def _quantize_matmul(
+    graph: OnnxGraph, node: ir.Node, expr: Dense, target: Target, op: type[Packed | Blockwise]
+) -> None:
     """MatMul(x, W[K, N]) becomes MatMulNBits(x, B[N, blocks, blob], scales[N * blocks], ...)."""
     import onnx_ir as ir
 
@@ -121,7 +138,7 @@ def _quantize_matmul(graph: OnnxGraph, node: ir.Node, expr: Dense, target: Targe
         "scales": (n * blocks,),
         "zero_points": (n * -(-blocks * target.bits // 8),),
     }
-    inputs = [node.inputs[0], *_add_parts(graph, weight, expr, target, shapes)]
+    inputs = [node.inputs[0], *_add_parts(graph, weight, expr, target, shapes, op)]
     attributes = {"K": k, "N": n, "bits": target.bits, "block_size": target.block_size}
     if target.accuracy_level:
         # 0 is the default, and most providers do not know the attribute.
@@ -184,6 +201,7 @@ def _add_parts(
     expr: Dense,
     target: Target,
     shapes: dict[Part, tuple[int, ...]],
+    op: type[Packed | Blockwise] = Blockwise,
 ) -> list[ir.Value]:
     """Register packed weight, scales and (asymmetric) zero points of one weight."""
     import onnx_ir as ir
@@ -200,7 +218,7 @@ def _add_parts(
     name = weight.name
 
     def add(suffix: str, dtype: ir.DataType, part: Part) -> ir.Value:
-        part_expr = Blockwise(expr.rows, quantization, part, name)
+        part_expr = op(expr.rows, quantization, part, name)
         return graph.add_initializer(f"{name}_{suffix}", dtype, shapes[part], part_expr)
 
     parts = [

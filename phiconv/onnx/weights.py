@@ -8,7 +8,7 @@ whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -83,7 +83,26 @@ class Blockwise:
     group: str
 
 
-Expression = Dense | Blockwise
+@dataclass(frozen=True)
+class Packed:
+    """One of the tensors of a weight that is integer codes already: copied, not quantized.
+
+    The codes are those that the writer's source has besides its weights (`RoundedWeights`).
+
+    Attributes:
+        rows: Row ranges, concatenated along the first axis.
+        quantization: The format of the codes; its `search` is of no use.
+        part: Which of the format's tensors this is.
+        group: As in `Blockwise`.
+    """
+
+    rows: tuple[Rows, ...]
+    quantization: Quantization
+    part: Part
+    group: str
+
+
+Expression = Dense | Blockwise | Packed
 
 
 def to_json(weights: Mapping[str, Expression]) -> dict[str, Any]:
@@ -103,7 +122,11 @@ def from_json(document: Mapping[str, Any]) -> dict[str, Expression]:
         raise ExportError(f"weights.json is not a weight plan: {error!r}") from error
 
 
-_OPS: dict[type[Expression], str] = {Dense: "dense", Blockwise: "blockwise"}
+_OPS: dict[type[Expression], str] = {
+    Dense: "dense",
+    Blockwise: "blockwise",
+    Packed: "packed",
+}
 
 
 def _parse(entry: dict[str, Any]) -> Expression:
@@ -111,9 +134,9 @@ def _parse(entry: dict[str, Any]) -> Expression:
     entry["rows"] = tuple(Rows(**rows) for rows in entry["rows"])
     if op == "dense":
         return Dense(**entry)
-    if op == "blockwise":
+    if op in ("blockwise", "packed"):
         entry["quantization"] = Quantization(**entry["quantization"])
-        return Blockwise(**entry)
+        return Blockwise(**entry) if op == "blockwise" else Packed(**entry)
     raise ValueError(f"unknown weight expression {op!r}")
 
 
@@ -127,6 +150,16 @@ def merged(rows: Iterable[Rows]) -> tuple[Rows, ...]:
         else:
             joined.append(part)
     return tuple(joined)
+
+
+def between(rows: Sequence[Rows], start: int, stop: int) -> Iterator[Rows]:
+    """Rows `[start, stop)` of a concatenation, tensor by tensor."""
+    position = 0
+    for part in rows:
+        first, last = max(start - position, 0), min(stop - position, len(part))
+        if first < last:
+            yield Rows(part.tensor, part.start + first, part.start + last)
+        position += len(part)
 
 
 def row_count(rows: Sequence[Rows]) -> int:

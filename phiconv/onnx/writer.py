@@ -19,18 +19,28 @@ import numpy as np
 
 from phiconv.checkpoint.problems import listed, not_finite_error
 from phiconv.checkpoint.safetensors_file import numpy_dtype
+from phiconv.checkpoint.weight_source import Grid
 from phiconv.data_file import DataFile, Region
 from phiconv.errors import ExportError, StageError
 from phiconv.kernels import floats, matmulnbits
 from phiconv.onnx.data_layout import lay_out
 from phiconv.onnx.graph import DATA_FILE, OnnxGraph
-from phiconv.onnx.weights import Blockwise, Dense, Part, Quantization, Rows, row_count
+from phiconv.onnx.weights import (
+    Blockwise,
+    Dense,
+    Packed,
+    Part,
+    Quantization,
+    Rows,
+    between,
+    row_count,
+)
 from phiconv.write_threads import ThreadBuffers, run_all
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from phiconv.checkpoint import Checkpoint
+    from phiconv.checkpoint.weight_source import WeightSource
     from phiconv.stages.stage import Progress
 
 MODEL_FILE = "model.onnx"
@@ -60,7 +70,7 @@ class Written:
 
 
 def write_model(
-    graph: OnnxGraph, checkpoint: Checkpoint, folder: Path, *, threads: int, progress: Progress
+    graph: OnnxGraph, checkpoint: WeightSource, folder: Path, *, threads: int, progress: Progress
 ) -> Written:
     """Write ``model.onnx`` and ``model.onnx.data`` into an existing folder.
 
@@ -101,29 +111,24 @@ def write_model(
 class _Work:
     """What the jobs of one model share: source, progress, buffers and findings."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     progress: Progress
     not_finite: set[str] = field(default_factory=set)
     overflowing: dict[str, float] = field(default_factory=dict)
     buffers: ThreadBuffers = field(default_factory=ThreadBuffers)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, rows: tuple[Rows, ...], start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` of a concatenation, in the checkpoint's own dtype."""
-        info = self.checkpoint.tensors[rows[0].tensor]
+    def read(
+        self, source: WeightSource, rows: tuple[Rows, ...], start: int, stop: int
+    ) -> np.ndarray:
+        """Rows ``[start, stop)`` of a concatenation, in the source's own dtype."""
+        info = source.tensors[rows[0].tensor]
         out = self.buffers.get("source", (stop - start, *info.shape[1:]), numpy_dtype(info.dtype))
-        position = filled = 0
-        for part in rows:
-            first, last = max(start - position, 0), min(stop - position, len(part))
-            if first < last:
-                self.checkpoint.read_rows(
-                    part.tensor,
-                    part.start + first,
-                    part.start + last,
-                    out[filled : filled + last - first],
-                )
-                filled += last - first
-            position += len(part)
+        filled = 0
+        for part in between(rows, start, stop):
+            end = filled + len(part)
+            source.read_rows(part.tensor, part.start, part.stop, out[filled:end])
+            filled = end
         return out
 
     def note_unusable(self, names: set[str], scan: floats.Scan) -> None:
@@ -152,6 +157,7 @@ class _Work:
 class _Job:
     """Rows ``[start, stop)`` of one weight, to be computed and written by one thread."""
 
+    source: WeightSource
     rows: tuple[Rows, ...]
     start: int
     stop: int
@@ -173,7 +179,7 @@ class _DenseJob(_Job):
     expr: Dense
 
     def run(self, work: _Work, data: DataFile) -> None:
-        source = work.read(self.rows, self.start, self.stop)
+        source = work.read(self.source, self.rows, self.start, self.stop)
         if self.expr.transposed:
             scan = self._write_transposed(source, work, data)
         else:
@@ -214,26 +220,45 @@ class _DenseJob(_Job):
 
 
 @dataclass(frozen=True)
-class _BlockwiseJob(_Job):
-    """Quantizes rows and writes packed integers, scales and zero points."""
+class _QuantizedJob(_Job):
+    """Makes packed integers, scales and zero points of rows, and writes them."""
 
     regions: dict[Part, Region]
     quantization: Quantization
 
     def run(self, work: _Work, data: DataFile) -> None:
-        source = work.read(self.rows, self.start, self.stop)
-        q = self.quantization
-        n, k = source.shape
-        blocks = -(-k // q.block_size)
+        outputs = self._outputs(work)
+        self._fill(outputs, work)
+        for part, array in outputs.items():
+            offset = self.regions[part].offset + self.start * (array.nbytes // len(array))
+            data.write(offset, array)
+            data.complete(offset, offset + array.nbytes)
+
+    def _outputs(self, work: _Work) -> dict[Part, np.ndarray]:
+        q, n = self.quantization, self.stop - self.start
+        k = self.source.tensors[self.rows[0].tensor].shape[1]
+        shapes = matmulnbits.layout(n, k, bits=q.bits, block_size=q.block_size)
         scale_dtype = np.dtype(np.float32 if q.scale_dtype == "FLOAT" else np.float16)
         byte = np.dtype(np.uint8)
         outputs: dict[Part, np.ndarray] = {
-            "weight": work.buffers.get("weight", (n, blocks, q.block_size * q.bits // 8), byte),
-            "scales": work.buffers.get("scales", (n, blocks), scale_dtype),
+            "weight": work.buffers.get("weight", shapes.packed, byte),
+            "scales": work.buffers.get("scales", shapes.scales, scale_dtype),
         }
         if not q.symmetric:
-            shape = (n, -(-blocks * q.bits // 8))
-            outputs["zero_points"] = work.buffers.get("zero_points", shape, byte)
+            outputs["zero_points"] = work.buffers.get("zero_points", shapes.zero_points, byte)
+        return outputs
+
+    def _fill(self, outputs: dict[Part, np.ndarray], work: _Work) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _BlockwiseJob(_QuantizedJob):
+    """Quantizes rows."""
+
+    def _fill(self, outputs: dict[Part, np.ndarray], work: _Work) -> None:
+        source = work.read(self.source, self.rows, self.start, self.stop)
+        q = self.quantization
         usable = matmulnbits.quantize_rows(
             source,
             bits=q.bits,
@@ -250,10 +275,29 @@ class _BlockwiseJob(_Job):
                 source, work.buffers.get("scan", source.shape, np.dtype(np.float32))
             )
             work.note_unusable(self._names(), scan)
-        for part, array in outputs.items():
-            offset = self.regions[part].offset + self.start * (array.nbytes // n)
-            data.write(offset, array)
-            data.complete(offset, offset + array.nbytes)
+
+
+@dataclass(frozen=True)
+class _PackedJob(_QuantizedJob):
+    """Copies the codes that the source has."""
+
+    def _fill(self, outputs: dict[Part, np.ndarray], work: _Work) -> None:
+        rounded = self.source.rounded
+        assert rounded is not None
+        zero_points = outputs.get("zero_points")
+        filled = 0
+        for part in between(self.rows, self.start, self.stop):
+            end = filled + len(part)
+            rounded.read_rows(
+                part.tensor,
+                part.start,
+                packed=outputs["weight"][filled:end],
+                scales=outputs["scales"][filled:end],
+                zero_points=zero_points[filled:end] if zero_points is not None else None,
+            )
+            filled = end
+        if not np.isfinite(outputs["scales"]).all():
+            work.note_unusable(self._names(), floats.Scan(finite=True, max_abs=float("inf")))
 
 
 def _external_tensors(graph: OnnxGraph) -> tuple[dict[str, int], dict[str, ir.TensorProtocol]]:
@@ -272,37 +316,60 @@ def _external_tensors(graph: OnnxGraph) -> tuple[dict[str, int], dict[str, ir.Te
     return lengths, constants
 
 
-def _jobs(graph: OnnxGraph, checkpoint: Checkpoint, regions: dict[str, Region]) -> Iterator[_Job]:
+def _jobs(graph: OnnxGraph, source: WeightSource, regions: dict[str, Region]) -> Iterator[_Job]:
     """Jobs in the order of the data file, so that its digest can follow closely."""
     groups: dict[str, dict[Part, Region]] = {}
     for name, expr in graph.weights.items():
-        if isinstance(expr, Blockwise):
+        if isinstance(expr, Blockwise | Packed):
             groups.setdefault(expr.group, {})[expr.part] = regions[name]
     for name in graph.model.graph.initializers:
         match graph.weights.get(name):
             case Dense() as dense:
-                yield from _dense_jobs(graph, checkpoint, name, dense, regions[name])
-            case Blockwise(rows, quantization, "weight", group):
-                for start, stop, size in _chunks(checkpoint, rows, CHUNK_BYTES):
-                    yield _BlockwiseJob(rows, start, stop, size, groups[group], quantization)
+                yield from _dense_jobs(graph, source, name, dense, regions[name])
+            case Blockwise(rows, q, "weight", group):
+                fitting = source.for_grid(Grid(q.bits, q.block_size, q.symmetric))
+                for start, stop, size in _chunks(fitting, rows, CHUNK_BYTES):
+                    yield _BlockwiseJob(fitting, rows, start, stop, size, groups[group], q)
+            case Packed(rows, q, "weight", group):
+                _check_codes(name, rows, q, source)
+                for start, stop, size in _chunks(source, rows, CHUNK_BYTES):
+                    yield _PackedJob(source, rows, start, stop, size, groups[group], q)
+
+
+def _check_codes(name: str, rows: tuple[Rows, ...], q: Quantization, source: WeightSource) -> None:
+    """Makes sure that there are codes to copy.
+
+    Raises:
+        ExportError: There are none, or they are on another grid.
+    """
+    known = source.rounded.tensors if source.rounded is not None else {}
+    grid = Grid(q.bits, q.block_size, q.symmetric)
+    for part in rows:
+        if known.get(part.tensor) != grid:
+            raise ExportError(
+                f"{name} is to be copied from the codes of {part.tensor}, of which there are none "
+                f"with {q.bits} bits in blocks of {q.block_size}",
+                where=str(source.path),
+                remedy="write the graph with the overlay that it was quantized with",
+            )
 
 
 def _dense_jobs(
-    graph: OnnxGraph, checkpoint: Checkpoint, name: str, expr: Dense, region: Region
+    graph: OnnxGraph, source: WeightSource, name: str, expr: Dense, region: Region
 ) -> Iterator[_Job]:
     value = graph.model.graph.initializers[name]
     assert value.dtype is not None
     dtype = np.dtype(value.dtype.numpy())
     limit = PANEL_BYTES if expr.transposed else CHUNK_BYTES
-    for start, stop, size in _chunks(checkpoint, expr.rows, limit):
-        yield _DenseJob(expr.rows, start, stop, size, region, dtype, expr)
+    for start, stop, size in _chunks(source, expr.rows, limit):
+        yield _DenseJob(source, expr.rows, start, stop, size, region, dtype, expr)
 
 
 def _chunks(
-    checkpoint: Checkpoint, rows: tuple[Rows, ...], limit: int
+    source: WeightSource, rows: tuple[Rows, ...], limit: int
 ) -> Iterator[tuple[int, int, int]]:
     """Cut a concatenation of rows into equal ranges of at most `limit` bytes."""
-    info = checkpoint.tensors[rows[0].tensor]
+    info = source.tensors[rows[0].tensor]
     total = row_count(rows)
     pieces = -(-total * info.row_nbytes // limit)
     step = -(-total // pieces)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from phiconv.errors import PhiconvError, RecipeError, StageError
-from phiconv.stages.stage import JSON, ONNX_GRAPH, Requirement, StageContext
+from phiconv.stages.overlaid import check_overlay, overlay_input, overlay_params, weight_source
+from phiconv.stages.stage import JSON, ONNX_GRAPH, OVERLAY, InputRef, Requirement, StageContext
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from phiconv.checkpoint import ModelConfig
+    from phiconv.checkpoint.weight_source import Grid
+    from phiconv.onnx.graph import OnnxGraph
     from phiconv.onnx.quantize import Target, WeightInfo
 
 Bits = Literal[4, 8]
@@ -74,12 +80,17 @@ class QuantizeParams(BaseModel):
 
 
 class Quantize:
-    """Rewrites the graph; the integers are computed when the model is written."""
+    """Rewrites the graph; the integers are computed when the model is written.
+
+    With an overlay the weights are read through it. What the overlay has for its own grid only,
+    clip limits and codes, does not apply to weights that an override gives another format.
+    """
 
     name: ClassVar[str] = "quantize"
     version: ClassVar[int] = 1
     params: ClassVar[type[QuantizeParams]] = QuantizeParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
+    accepts_also: ClassVar[tuple[str, ...]] = (OVERLAY,)
     produces: ClassVar[str] = ONNX_GRAPH
 
     def tools(self) -> tuple[str, ...]:
@@ -99,6 +110,28 @@ class Quantize:
                 where="quantize: embedding.block_size",
                 remedy="choose a block_size that divides it, or leave embedding out",
             )
+        ]
+
+    def check_fit(
+        self, params: QuantizeParams, config: ModelConfig, inputs: Sequence[InputRef]
+    ) -> list[PhiconvError]:
+        """An overlay with clip limits or codes wants weights on its own grid."""
+        overlay = overlay_params(inputs)
+        if overlay is None or not (overlay.clip or overlay.rounding == "gptq"):
+            return []
+        wanted = {
+            "bits": (params.bits, overlay.bits),
+            "block_size": (params.block_size, overlay.group_size),
+            "symmetric": (params.symmetric, overlay.symmetric),
+        }
+        return [
+            RecipeError(
+                f"the overlay is made for {key} {json.dumps(theirs)}, not {json.dumps(ours)}",
+                where=f"quantize: {key}",
+                remedy="set both alike; single weights can differ by overrides",
+            )
+            for key, (ours, theirs) in wanted.items()
+            if ours != theirs
         ]
 
     def key_params(self, params: QuantizeParams) -> dict[str, JSON]:
@@ -121,7 +154,8 @@ class Quantize:
             return _target(params, override, weight.role)
 
         graph = OnnxGraph.load(ctx.input(ONNX_GRAPH).path)
-        done = quantize_graph(graph, choose)
+        rounded = _take_overlay(graph, params, ctx)
+        done = quantize_graph(graph, choose, rounded)
         if unused:
             patterns = ", ".join(sorted(override.match for override in unused))
             raise StageError(
@@ -131,7 +165,37 @@ class Quantize:
             )
         graph.save(ctx.out)
         by_bits = {bits: sum(target.bits == bits for target in done.values()) for bits in (4, 8)}
-        return {"int4_weights": by_bits[4], "int8_weights": by_bits[8]}
+        facts: dict[str, JSON] = {"int4_weights": by_bits[4], "int8_weights": by_bits[8]}
+        if rounded:
+            facts["copied_weights"] = graph.count_copied()
+        return facts
+
+
+def _take_overlay(
+    graph: OnnxGraph, params: QuantizeParams, ctx: StageContext
+) -> Mapping[str, Grid]:
+    """Notes the overlay in the graph; returns the grids of the weights that have codes.
+
+    Raises:
+        StageError: It is damaged, or for another checkpoint, graph or grid.
+    """
+    from phiconv.checkpoint.overlay import OverlaidCheckpoint
+    from phiconv.checkpoint.weight_source import Grid
+
+    artifact = overlay_input(ctx)
+    if artifact is not None and graph.overlay is None:
+        graph.overlay = artifact.key
+    check_overlay(graph, ctx)
+    source = weight_source(ctx)
+    if isinstance(source, OverlaidCheckpoint) and source.overlay.needs_grid:
+        grid = Grid(params.bits, params.block_size, params.symmetric)
+        if grid != source.overlay.grid:
+            raise StageError(
+                f"the overlay is made for {source.overlay.grid}, not {grid}",
+                where="quantize",
+                remedy="set bits, block_size and symmetric as the overlay has them",
+            )
+    return source.rounded.tensors if source.rounded is not None else {}
 
 
 def _first_match(overrides: tuple[Override, ...], weight: WeightInfo) -> Override | None:

@@ -14,6 +14,7 @@ from phiconv.stages.stage import (
     JSON,
     ONNX,
     ONNX_GRAPH,
+    OVERLAY,
     Estimate,
     InputRef,
     Requirement,
@@ -42,6 +43,7 @@ class WriteOnnx:
     version: ClassVar[int] = 1
     params: ClassVar[type[WriteOnnxParams]] = WriteOnnxParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
+    accepts_also: ClassVar[tuple[str, ...]] = (OVERLAY,)
     produces: ClassVar[str] = ONNX
 
     def tools(self) -> tuple[str, ...]:
@@ -62,7 +64,8 @@ class WriteOnnx:
         """Bytes of the weights in the formats that the steps before chose; overrides left out."""
         item_bytes = 4.0
         quantized: QuantizeParams | None = None
-        for _, before in inputs[0].made_by:
+        graph = next(ref for ref in inputs if ref.kind != OVERLAY)
+        for _, before in graph.made_by:
             match before:
                 case ExportOnnxParams():
                     item_bytes = 4.0 if before.resolved_precision() == "fp32" else 2.0
@@ -88,11 +91,13 @@ class WriteOnnx:
 
         from phiconv.onnx.graph import DATA_FILE, GENAI_FOLDER, OnnxGraph
         from phiconv.onnx.writer import write_model
+        from phiconv.stages.overlaid import check_overlay, weight_source
 
         folder = ctx.input(ONNX_GRAPH).path
         graph = OnnxGraph.load(folder)
+        check_overlay(graph, ctx)
         written = write_model(
-            graph, ctx.checkpoint, ctx.out, threads=ctx.threads, progress=ctx.progress
+            graph, weight_source(ctx), ctx.out, threads=ctx.threads, progress=ctx.progress
         )
         ctx.record_digest(DATA_FILE, written.data_sha256)
         shutil.copytree(folder / GENAI_FOLDER, ctx.out, dirs_exist_ok=True)
