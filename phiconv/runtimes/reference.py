@@ -133,8 +133,13 @@ def run_layer(
     stream: torch.Tensor,
     rotary: Rotary,
     device: Device,
+    *,
+    advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Applies one decoder layer to `stream` [n, T, hidden] in place, a few windows at a time."""
+    """Applies one decoder layer to `stream` [n, T, hidden] in place, a few windows at a time.
+
+    `advance` is called with the number of tokens of each batch that is done.
+    """
     batch = max(1, _BATCH_TOKENS[device] // stream.shape[1])
     for start in range(0, len(stream), batch):
         windows = stream[start : start + batch]
@@ -144,6 +149,8 @@ def run_layer(
             position_ids=rotary.position_ids,
             position_embeddings=rotary.embeddings,
         )
+        if advance is not None:
+            advance(windows.shape[0] * windows.shape[1])
 
 
 class Rotary(NamedTuple):
