@@ -31,7 +31,7 @@ from phiconv.write_threads import ThreadBuffers, run_all
 if TYPE_CHECKING:
     import gguf
 
-    from phiconv.checkpoint import Checkpoint
+    from phiconv.checkpoint.weight_source import WeightSource
     from phiconv.stages.stage import Progress
 
     Array = npt.NDArray[Any]
@@ -74,7 +74,7 @@ def write_gguf(
     path: Path,
     metadata: gguf.GGUFWriter,
     plan: TensorPlan,
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     *,
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     threads: int,
@@ -166,7 +166,7 @@ def _write_whole(data: DataFile, region: Region, content: Array) -> None:
 class _Work:
     """What the jobs of one file share: source, progress, buffers and findings."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     progress: Progress
     importance: Mapping[str, npt.NDArray[np.float32]]
     not_finite: set[str] = field(default_factory=set)
@@ -246,7 +246,7 @@ def _has_infinite_scale(blocks: Array, type_name: str) -> bool:
 
 
 def _jobs(
-    plan: TensorPlan, checkpoint: Checkpoint, regions: Mapping[str, Region]
+    plan: TensorPlan, checkpoint: WeightSource, regions: Mapping[str, Region]
 ) -> Iterator[_Job]:
     """Jobs in the order of the file, so that its digest can follow closely."""
     for weight in plan.weights:

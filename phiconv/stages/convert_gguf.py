@@ -25,6 +25,7 @@ from phiconv.stages.stage import (
     GGUF,
     IMATRIX,
     JSON,
+    OVERLAY,
     Estimate,
     InputRef,
     Prerequisite,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phiconv.checkpoint import ModelConfig
+    from phiconv.checkpoint.weight_source import WeightSource
     from phiconv.gguf.importance import ImportanceMatrix
     from phiconv.gguf.plan import TensorPlan
     from phiconv.gguf.tensor_types import TypeChoice
@@ -138,12 +140,17 @@ class ConvertGgufParams(BaseModel):
 
 
 class ConvertGguf:
-    """Quantizes while it reads and writes one file: no intermediate file, no model in memory."""
+    """Quantizes while it reads and writes one file: no intermediate file, no model in memory.
+
+    With an overlay the weights are read through it, without its clip limits and codes, which are
+    for MatMulNBits' grids; the importance matrix is made that of the scaled inputs.
+    """
 
     name: ClassVar[str] = "convert-gguf"
     version: ClassVar[int] = 1
     params: ClassVar[type[ConvertGgufParams]] = ConvertGgufParams
     accepts: ClassVar[tuple[str, ...]] = ()
+    accepts_also: ClassVar[tuple[str, ...]] = (OVERLAY,)
     produces: ClassVar[str] = GGUF
 
     def tools(self) -> tuple[str, ...]:
@@ -217,7 +224,9 @@ class ConvertGguf:
         from phiconv.gguf.tokenizer_file import read_tokenizer_file
         from phiconv.gguf.vocabulary import read_vocabulary
         from phiconv.gguf.writer import write_gguf
+        from phiconv.stages.overlaid import weight_source
 
+        source = weight_source(ctx)
         tokenizer = read_tokenizer_file(ctx.checkpoint.path)
         vocabulary = read_vocabulary(tokenizer, ctx.checkpoint.config.vocab_size)
         importance = _importance(params, ctx)
@@ -245,8 +254,8 @@ class ConvertGguf:
             ctx.out / params.file_name,
             metadata,
             plan,
-            ctx.checkpoint,
-            importance=_fitting(importance, plan) if importance is not None else None,
+            source,
+            importance=_fitting(importance, plan, source) if importance is not None else None,
             threads=ctx.threads,
             progress=ctx.progress,
         )
@@ -305,12 +314,21 @@ def _importance(params: ConvertGgufParams, ctx: StageContext) -> ImportanceMatri
     return load_importance(ctx.input(IMATRIX).path / IMATRIX_FILE)
 
 
-def _fitting(matrix: ImportanceMatrix, plan: TensorPlan) -> dict[str, NDArray[np.float32]]:
+def _fitting(
+    matrix: ImportanceMatrix, plan: TensorPlan, source: WeightSource
+) -> dict[str, NDArray[np.float32]]:
     """The importance of this model's columns.
+
+    Where an overlay multiplies a column, it divides what the column is multiplied with: mean
+    squares of the inputs are divided by the factors' squares.
 
     Raises:
         StageError: The matrix is another model's.
     """
+    import numpy as np
+
+    from phiconv.checkpoint.overlay import OverlaidCheckpoint
+
     means = matrix.means()
     columns = {weight.name: weight.shape[1] for weight in plan.weights}
     wrong = [name for name, mean in means.items() if columns.get(name) != len(mean)]
@@ -327,6 +345,10 @@ def _fitting(matrix: ImportanceMatrix, plan: TensorPlan) -> dict[str, NDArray[np
             where="convert-gguf: importance",
             remedy="compute it from this model, or leave file out",
         )
+    factors = source.overlay.columns if isinstance(source, OverlaidCheckpoint) else {}
+    for weight in plan.weights:
+        if weight.source in factors and weight.name in means:
+            np.divide(means[weight.name], np.square(factors[weight.source]), out=means[weight.name])
     return means
 
 
