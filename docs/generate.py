@@ -76,7 +76,8 @@ says. The value is YAML; nested keys are joined with dots, also where a key has 
 
 The artifact that ships is the output of the last stage that makes no measurement. Where it is a
 lazy graph it is written first, by the stage `write-onnx`, which need not stand in the recipe; nor
-need the `reference` that a `validate` compares with."""
+need the `reference` that a `validate` compares with, and the `length-reference` of its length
+probes."""
 
 
 def recipe_markdown() -> str:

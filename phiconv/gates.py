@@ -27,6 +27,7 @@ BUILT_IN: Limits = {
         "parity.tokenizer",
         "parity.template",
         "parity.genai_config",
+        "length_probes.unexplained",
     )
 }
 """Gates of every validation: on whatever of this was checked, unless a recipe says otherwise."""

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-Source = Literal["logits", "generation", "placement", "kernels", "graph", "parity"]
+Source = Literal["logits", "generation", "placement", "kernels", "graph", "parity", "length"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Metric:
         source: What it follows from: the `logits` of every position; the `generation` of a runtime
             that decodes (`onnxruntime-genai`); the `placement` of the nodes; the static check of
             the `kernels` or of the `graph`; the `parity` of tokenizer, template and
-            genai_config.json.
+            genai_config.json; the probes of `length`.
         function: How it is computed from logits or generation; None for counts.
         about: What a count counts.
     """
@@ -162,6 +162,13 @@ METRICS: dict[str, Metric] = {
         "texts",
         "parity",
         "Golden texts that differ by known limitations of the runtime.",
+    ),
+    "length_probes.unexplained": _count(
+        "Departures beyond a window or a switch",
+        "probes",
+        "length",
+        "Length probes whose error is of another order than before the sliding window or the "
+        "LongRoPE switch, known limits of the runtime left out.",
     ),
 }
 

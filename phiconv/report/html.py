@@ -53,6 +53,7 @@ def report_html(result: RunResult) -> str:
         longest_s=max((stage.wall_s or 0 for stage in result.stages), default=0),
         accuracy=text.accuracy,
         failures=text.failures,
+        from_position=text.from_position,
         title=lambda name: METRICS[name].title if name in METRICS else name,
         unit=lambda name: METRICS[name].unit if name in METRICS else "",
         description=lambda name: METRICS[name].description if name in METRICS else "",

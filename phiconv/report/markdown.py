@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from phiconv.metrics import METRICS
 from phiconv.report import text
-from phiconv.report.results import Check, RunResult, Validation
+from phiconv.report.results import Check, KnownLimit, RunResult, Validation
 
 _MARKS = {"passed": "✅", "failed": "❌", "not_run": "⚠️", "ungated": "ℹ️"}  # noqa: RUF001
 
@@ -40,7 +40,15 @@ def _validation(validation: Validation) -> list[str]:
         lines += ["", _escape(layers)] if layers else []
     if measurement.checks:
         lines += ["", *map(_check, measurement.checks)]
+    if measurement.known_limits:
+        lines += ["", "Known limits:", "", *map(_limit, measurement.known_limits)]
     return lines
+
+
+def _limit(limit: KnownLimit) -> str:
+    return f"- {_escape(text.from_position(limit))}, {_escape(limit.runtime)}: " + _escape(
+        limit.statement
+    )
 
 
 def _check(check: Check) -> str:

@@ -174,6 +174,34 @@ class KnownLimit:
 
 
 @dataclass(frozen=True)
+class LengthProbe:
+    """The error on both sides of a length at which the model begins to compute something else.
+
+    Attributes:
+        boundary: `sliding window` or `LongRoPE switch`.
+        position: The first position beyond it, counted from 0.
+        reached: By `prefill`, all tokens at once, or by `decoding`, each of these positions in a
+            step of its own on the KV cache.
+        positions: How many positions were compared on each side.
+        kl_below, kl_above: Median KL divergence of the positions before it and from it on, nats.
+        logit_error_below, logit_error_above: Greatest logit error there.
+        departs: Whether the error is of another order than before the boundary by prefill.
+        limit: The known limit that explains this; empty when none does, or nothing departs.
+    """
+
+    boundary: str
+    position: int
+    reached: Literal["prefill", "decoding"]
+    positions: int
+    kl_below: float | None
+    kl_above: float | None
+    logit_error_below: float | None
+    logit_error_above: float | None
+    departs: bool
+    limit: str = ""
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One artifact measured against the reference on one token set by one runtime.
 
@@ -186,6 +214,7 @@ class Measurement:
         layers: Error by decoder layer, where it was measured.
         layers_note: Why it could not be measured, if it was to be.
         known_limits: Where the target runtime is known to leave the reference, by position.
+        length_probes: The error before and after the lengths that matter, where it was measured.
     """
 
     status: Literal["measured", "not_run"]
@@ -198,6 +227,7 @@ class Measurement:
     layers: tuple[LayerErrorRecord, ...] = ()
     layers_note: str = ""
     known_limits: tuple[KnownLimit, ...] = ()
+    length_probes: tuple[LengthProbe, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import math
 
-from phiconv.report.results import CheckState, Measurement, RunResult, Status, Validation
+from phiconv.report.results import (
+    CheckState,
+    KnownLimit,
+    Measurement,
+    RunResult,
+    Status,
+    Validation,
+)
 from phiconv.units import seconds_text, size_text
 
 STATUS_WORDS: dict[Status, str] = {
@@ -56,6 +63,13 @@ def worst_layer(measurement: Measurement) -> str:
         f"Relative error of the residual stream {number(last.relative_error)} after "
         f"layer {last.layer}; {where} adds most, {number(own)}"
     )
+
+
+def from_position(limit: KnownLimit) -> str:
+    """Where a known limit begins: `from position 4,096`."""
+    if limit.from_position == 0:
+        return "from the first position"
+    return f"from position {limit.from_position:,}"
 
 
 def limit(value: float) -> str:

@@ -10,6 +10,7 @@ from phiconv.stages.cast import Cast
 from phiconv.stages.convert_gguf import ConvertGguf
 from phiconv.stages.export_onnx import ExportOnnx
 from phiconv.stages.imatrix import Imatrix
+from phiconv.stages.length_reference import LengthReference
 from phiconv.stages.olive import Olive
 from phiconv.stages.quantize import Quantize
 from phiconv.stages.reference import Reference
@@ -26,6 +27,7 @@ STAGES: dict[str, Stage] = {
     "imatrix": Imatrix(),
     "convert-gguf": ConvertGguf(),
     "reference": Reference(),
+    "length-reference": LengthReference(),
     "validate": Validate(),
 }
 

@@ -32,6 +32,8 @@ OVERLAY = "overlay"
 """What AWQ and GPTQ found: overlay.json, overlay.safetensors, maybe rounded.safetensors."""
 REFERENCE = "reference"
 """The Hugging Face fp32 reference over one token set."""
+LENGTH_REFERENCE = "length-reference"
+"""The same around the lengths at which the model begins to compute something else."""
 MEASUREMENT = "measurement"
 """measurement.json: the metrics of one artifact against its reference."""
 

@@ -13,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError
+from phiconv.stages.generation import PROMPT_TOKENS, generation_metrics
 from phiconv.stages.reference import TokenSetParams, check_tokens
 from phiconv.stages.stage import (
     GGUF,
     JSON,
+    LENGTH_REFERENCE,
     MEASUREMENT,
     ONNX,
     REFERENCE,
@@ -29,23 +31,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from phiconv.checkpoint import ModelConfig
     from phiconv.metrics import PositionStatistics
-    from phiconv.report.results import Measurement
-    from phiconv.runtimes import GeneratingRuntime
+    from phiconv.report.results import KnownLimit, LengthProbe, Measurement
+    from phiconv.runtimes import Runtime
     from phiconv.runtimes.providers import ProviderChoice
     from phiconv.runtimes.reference import LanguageModelHead
     from phiconv.runtimes.stored_reference import StoredReference
     from phiconv.stages.checks import Checked
 
 POSITIONS_FILE = "positions.npz"
-
-# The generation checks: as many windows, starting from as many of their tokens.
-_PROMPTS = 2
-_PROMPT_TOKENS = 32
 
 
 class Gate(BaseModel):
@@ -88,6 +83,11 @@ class ValidateParams(TokenSetParams):
         description="Also measure the error of every layer of an ONNX artifact, on the first 128 "
         "tokens.",
     )
+    length_probes: bool = Field(
+        False,
+        description="Also compare on both sides of the sliding window and of LongRoPE's switch, "
+        "by prefill and by decoding across; takes two texts of that length.",
+    )
     gates: dict[str, Gate] = Field(
         default_factory=dict,
         description="Metric name to the least (min) and greatest (max) value that passes.",
@@ -114,7 +114,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
@@ -144,11 +144,11 @@ class Validate:
             )
         if (
             params.generates
-            and _PROMPT_TOKENS + params.generate_tokens > config.max_position_embeddings
+            and PROMPT_TOKENS + params.generate_tokens > config.max_position_embeddings
         ):
             errors.append(
                 RecipeError(
-                    f"generate_tokens {params.generate_tokens} after a prompt of {_PROMPT_TOKENS} "
+                    f"generate_tokens {params.generate_tokens} after a prompt of {PROMPT_TOKENS} "
                     f"exceeds the model's context of {config.max_position_embeddings}",
                     where=f"{self.name}: generate_tokens",
                 )
@@ -178,6 +178,8 @@ class Validate:
         except EnvironmentLacksError:
             provider = target  # the plan says what is missing; nothing will be made
         key: dict[str, JSON] = {"runtime": params.runtime, "target": target, "provider": provider}
+        if params.length_probes:
+            key["length_probes"] = True
         if params.generates:
             key["generate_tokens"] = params.generate_tokens
         if params.runtime == "llama.cpp":
@@ -203,27 +205,35 @@ class Validate:
         return tuple(needed)
 
     def prerequisites(self, params: ValidateParams) -> tuple[Prerequisite, ...]:
-        """The reference on the same tokens."""
+        """The reference on the same tokens, and that of the length probes."""
         shared = params.model_dump(mode="json", include=set(TokenSetParams.model_fields))
-        return (Prerequisite("reference", "reference", shared),)
+        needed = [Prerequisite("reference", "reference", shared)]
+        if params.length_probes:
+            texts = {name: shared[name] for name in ("tokens", "reference_device")}
+            needed.append(Prerequisite("length-reference", "length-reference", texts))
+        return tuple(needed)
 
     def run(self, params: ValidateParams, ctx: StageContext) -> dict[str, JSON]:
+        from dataclasses import replace
+
         from phiconv.report.document import MEASUREMENT_FILE, measurement_json
         from phiconv.report.results import Measurement, Provenance
         from phiconv.runtimes.stored_reference import load_reference
+        from phiconv.stages.known_limits import known_limits
 
         choice = _choose(params)
         reference = load_reference(ctx.input(REFERENCE).path)
         ctx.progress.start(int(reference.windows.size), "tokens")
         ctx.progress.advance(0, "kernels, tokenizer, template")
         static = _check_statically(params, choice, ctx)
+        limits = known_limits(_artifact(params, ctx), ctx.checkpoint.config, choice.target)
         if choice.provider is None:
             nowhere = Provenance(params.runtime, "", choice.target, None)
             measurement = Measurement("not_run", reference.tokens, nowhere)
         else:
-            measurement = _measure(params, choice, reference, ctx)
+            measurement = _measure(params, choice, reference, limits, ctx)
             measurement = _with_layers(measurement, params, reference, ctx)
-        measurement = _with_checks(measurement, static)
+        measurement = replace(_with_checks(measurement, static, params, ctx), known_limits=limits)
         text = measurement_json(measurement)
         (ctx.out / MEASUREMENT_FILE).write_text(text, encoding="utf-8", newline="\n")
         return {
@@ -260,15 +270,22 @@ def _check_statically(params: ValidateParams, choice: ProviderChoice, ctx: Stage
     return check_statically(folder, ctx.checkpoint, params.provider, choice.target)
 
 
-def _with_checks(measurement: Measurement, static: Checked) -> Measurement:
-    """The measurement with what was checked in it, the placement of its nodes included."""
+def _with_checks(
+    measurement: Measurement, static: Checked, params: ValidateParams, ctx: StageContext
+) -> Measurement:
+    """The measurement with what was checked in it: placement and length probes, too."""
     from dataclasses import replace
 
+    from phiconv.stages import length_probes
     from phiconv.stages.checks import check_placement, joined
 
-    found = static
+    parts = [static]
     if measurement.status == "measured" and measurement.provenance.runtime != "llama.cpp":
-        found = joined([check_placement(measurement.provenance), static])
+        parts.insert(0, check_placement(measurement.provenance))
+    if measurement.status == "measured" and params.length_probes:
+        config = ctx.checkpoint.config
+        parts.append(length_probes.checked(measurement.length_probes, config))
+    found = joined(parts)
     metrics = {**measurement.metrics, **found.counts}
     return replace(measurement, metrics=metrics, checks=found.checks)
 
@@ -300,7 +317,11 @@ def _with_layers(
 
 
 def _measure(
-    params: ValidateParams, choice: ProviderChoice, reference: StoredReference, ctx: StageContext
+    params: ValidateParams,
+    choice: ProviderChoice,
+    reference: StoredReference,
+    limits: Sequence[KnownLimit],
+    ctx: StageContext,
 ) -> Measurement:
     """Runs the artifact and compares it; writes the per-position values to `ctx.out`."""
     from phiconv.metrics import compare_windows, summarise
@@ -321,7 +342,7 @@ def _measure(
     )
     metrics: dict[str, float | None] = {**summarise(positions)}
     if isinstance(runtime, GeneratingRuntime):
-        metrics |= _generation_metrics(runtime, params, reference.windows, head, ctx)
+        metrics |= generation_metrics(runtime, params, reference.windows, head, ctx)
     _save_positions(ctx.out / POSITIONS_FILE, positions, shape)
     kl_divergence = positions.kl_divergence.reshape(shape)
     return Measurement(
@@ -331,64 +352,26 @@ def _measure(
         metrics=metrics,
         kl_histogram=kl_histogram(kl_divergence),
         kl_by_position=kl_by_position(kl_divergence),
+        length_probes=_probed(runtime, params, head, limits, ctx),
     )
 
 
-def _generation_metrics(
-    runtime: GeneratingRuntime,
-    params: ValidateParams,
-    windows: NDArray[np.int64],
-    head: LanguageModelHead,
-    ctx: StageContext,
-) -> dict[str, float]:
-    """Decoding against prefill on one window, and greedy generation against the reference's."""
-    import numpy as np
-
-    from phiconv.metrics.summary import decode_error, greedy_agreement
-
-    window = windows[0][: 2 * _PROMPT_TOKENS]
-    prefill = next(iter(runtime.logits(window[None])))
-    start = len(window) // 2
-    decoded = runtime.decode_logits(window, start)
-
-    prompts = [window[:_PROMPT_TOKENS] for window in windows[:_PROMPTS]]
-    generated = [runtime.generate(prompt, params.generate_tokens) for prompt in prompts]
-    expected = _reference_choices(prompts, generated, params, head, ctx)
-    return {
-        "decode_error.max": decode_error(prefill[start:], decoded),
-        "greedy_agreement": greedy_agreement(np.concatenate(generated), expected),
-    }
-
-
-def _reference_choices(
-    prompts: Sequence[NDArray[np.int64]],
-    generated: Sequence[NDArray[np.int64]],
+def _probed(
+    runtime: Runtime,
     params: ValidateParams,
     head: LanguageModelHead,
+    limits: Sequence[KnownLimit],
     ctx: StageContext,
-) -> NDArray[np.int64]:
-    """What the reference ranks first at each generated token, given the tokens before it.
+) -> tuple[LengthProbe, ...]:
+    """The length probes, where they are asked for."""
+    from phiconv.runtimes import length_reference
+    from phiconv.stages import length_probes
 
-    One pass of the reference over the finished sequences: no generation of its own, so its memory
-    stays that of one layer.
-    """
-    import numpy as np
-
-    from phiconv.runtimes.reference import final_hidden_states
-
-    ends = [len(p) + len(g) for p, g in zip(prompts, generated, strict=True)]
-    # attention is causal: what stands after a sequence's end changes nothing before it
-    sequences = np.zeros((len(prompts), max(ends)), dtype=np.int64)
-    for row, prompt, tokens in zip(sequences, prompts, generated, strict=True):
-        row[: len(prompt) + len(tokens)] = np.concatenate([prompt, tokens])
-    hidden = final_hidden_states(
-        ctx.checkpoint, sequences, device=params.reference_device, threads=ctx.threads
-    )
-    rows = [
-        head.logits(states[len(prompt) - 1 : end - 1]).argmax(axis=1)
-        for states, prompt, end in zip(hidden, prompts, ends, strict=True)
-    ]
-    return np.concatenate(rows)
+    if not params.length_probes:
+        return ()
+    ctx.progress.advance(0, "length probes")
+    references = length_reference.load(ctx.input(LENGTH_REFERENCE).path)
+    return length_probes.measure(runtime, references, head, limits)
 
 
 def _save_positions(file: Path, positions: PositionStatistics, shape: tuple[int, ...]) -> None:
