@@ -19,11 +19,26 @@ from phiconv.cli.diagnosis import diagnose
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
 from phiconv.cli.recipes import build, lock, plan
+from phiconv.cli.release import release, verify
 from phiconv.cli.report import compare, index
 from phiconv.cli.validation import validate
 from phiconv.cli.workspace import cache
 
-COMMANDS = (build, plan, lock, validate, diagnose, compare, index, inspect, schema, doctor, cache)
+COMMANDS = (
+    build,
+    plan,
+    lock,
+    validate,
+    diagnose,
+    compare,
+    index,
+    inspect,
+    release,
+    verify,
+    schema,
+    doctor,
+    cache,
+)
 
 _EXIT_CODES = """\b
 Exit codes:

@@ -115,7 +115,7 @@ def _named(names: list[str], most: int = 6) -> str:
 def _data_files(model: ir.Model, folder: Path, file: Path) -> Iterable[str]:
     """Names of the external data files, each checked to be there whole."""
     ends: dict[str, tuple[int, str]] = {}
-    for tensor in _external_tensors(model):
+    for tensor in external_tensors(model):
         name = str(tensor.location).replace("\\", "/")
         end = (tensor.offset or 0) + (tensor.nbytes if tensor.length is None else tensor.length)
         if end > ends.get(name, (-1, ""))[0]:
@@ -125,7 +125,8 @@ def _data_files(model: ir.Model, folder: Path, file: Path) -> Iterable[str]:
     return ends
 
 
-def _external_tensors(model: ir.Model) -> Iterable[ir.ExternalTensor]:
+def external_tensors(model: ir.Model) -> Iterable[ir.ExternalTensor]:
+    """Every tensor of a model whose data lies in another file."""
     import onnx_ir as ir
 
     for graph in model.graphs():

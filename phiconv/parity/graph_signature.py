@@ -13,6 +13,8 @@ from phiconv.parity.subject import Subject
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from phiconv.checkpoint import ModelConfig
+
 # The names that the runtime uses where genai_config.json gives none.
 _INPUTS = {
     "input_ids": "input_ids",
@@ -33,17 +35,31 @@ _DECODER = "model.decoder"
 
 def graph_findings(subject: Subject) -> Iterator[Finding]:
     """The model file that genai_config.json names, and its graph."""
+    return signature_findings(subject.artifact, subject.config, subject.checkpoint.config)
+
+
+def signature_findings(
+    artifact: Path, config: Mapping[str, Any], sizes: ModelConfig
+) -> Iterator[Finding]:
+    """The model file that genai_config.json names, and its graph, without the checkpoint.
+
+    Args:
+        artifact: The folder.
+        config: genai_config.json.
+        sizes: What config.json says; the artifact has a copy of it.
+    """
     import onnx_ir as ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    name = subject.get(f"{_DECODER}.filename")
+    decoder = _section(_section(config, "model"), "decoder")
+    name = decoder.get("filename")
     key = f"{_DECODER}.filename"
     if not isinstance(name, str) or not is_relative_name(name):
         yield Finding(
             "error", key, "a file in the artifact's folder", repr(name), "name the model file"
         )
         return
-    path = subject.artifact / name
+    path = artifact / name
     if not path.is_file():
         yield Finding("error", f"{key}: {name} is missing", "a file", "none", "name the model file")
         return
@@ -52,10 +68,15 @@ def graph_findings(subject: Subject) -> Iterator[Finding]:
     except (OSError, ValueError, DecodeError) as error:
         yield Finding("error", f"{name} cannot be read", "ONNX", str(error), "export it again")
         return
-    yield from _data_findings(subject.artifact, model)
-    yield from _name_findings(subject, "inputs", _INPUTS, [v.name for v in model.graph.inputs])
-    yield from _name_findings(subject, "outputs", _OUTPUTS, [v.name for v in model.graph.outputs])
-    yield from _shape_findings(subject, model.graph)
+    yield from _data_findings(artifact, model)
+    layers = sizes.num_hidden_layers
+    for side, defaults, values in (
+        ("inputs", _INPUTS, model.graph.inputs),
+        ("outputs", _OUTPUTS, model.graph.outputs),
+    ):
+        names = [value.name for value in values]
+        yield from _name_findings(decoder, layers, side, defaults, names)
+    yield from _shape_findings(decoder, sizes, model.graph)
 
 
 def _data_findings(artifact: Path, model: ir.Model) -> Iterator[Finding]:
@@ -77,13 +98,21 @@ def _data_findings(artifact: Path, model: ir.Model) -> Iterator[Finding]:
             yield Finding("error", what, f"at least {end} bytes", f"{size} bytes", remedy)
 
 
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _name_findings(
-    subject: Subject, side: str, defaults: Mapping[str, str], names: list[str | None]
+    decoder: Mapping[str, Any],
+    layers: int,
+    side: str,
+    defaults: Mapping[str, str],
+    names: list[str | None],
 ) -> Iterator[Finding]:
     """Names in genai_config.json and in the graph are the same."""
-    layers = subject.checkpoint.config.num_hidden_layers
-    stored = subject.get(f"{_DECODER}.{side}")
-    patterns = {**defaults, **(stored if isinstance(stored, dict) else {})}
+    stored = _section(decoder, side)
+    patterns = {**defaults, **stored}
     known: set[str] = set()
     for key, pattern in patterns.items():
         if not isinstance(pattern, str):
@@ -91,7 +120,7 @@ def _name_findings(
         promised = _expanded(pattern, layers)
         known.update(promised)
         missing = [name for name in promised if name not in names]
-        if not missing or (key not in (stored or {}) and key in _OPTIONAL):
+        if not missing or (key not in stored and key in _OPTIONAL):
             continue
         yield Finding(
             "warning" if key in _OPTIONAL else "error",
@@ -112,13 +141,11 @@ def _name_findings(
             )
 
 
-def _shape_findings(subject: Subject, graph: ir.Graph) -> Iterator[Finding]:
+def _shape_findings(
+    decoder: Mapping[str, Any], config: ModelConfig, graph: ir.Graph
+) -> Iterator[Finding]:
     """The fixed extents of the logits and of the KV cache are the checkpoint's."""
-    config = subject.checkpoint.config
-    stored = {**_INPUTS, **_OUTPUTS}
-    for side in ("inputs", "outputs"):
-        section = subject.get(f"{_DECODER}.{side}")
-        stored |= section if isinstance(section, dict) else {}
+    stored = {**_INPUTS, **_OUTPUTS, **_section(decoder, "inputs"), **_section(decoder, "outputs")}
     heads = ("num_key_value_heads", config.num_key_value_heads)
     cache = {1: heads, 3: ("head_dim", config.head_dim)}
     expected: dict[str, Mapping[int, tuple[str, int]]] = {

@@ -1,0 +1,131 @@
+"""Output folders of builds, opened for a release: manifest and report, which must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phiconv.checkpoint.licence import ModelTerms
+from phiconv.errors import PhiconvError, RecipeError, StageError
+from phiconv.index import INDEX
+from phiconv.publish import ARTIFACT, MANIFEST, REPORT
+from phiconv.report.results import RunResult
+from phiconv.stages.stage import GGUF, ONNX
+from phiconv.verify.output import contradictions, read_manifest, read_result
+
+_BUILD = "give output folders of `phiconv build`, or the folder that holds them"
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output folder of a build.
+
+    Attributes:
+        folder: The folder.
+        manifest: manifest.json.
+        result: What report.json holds.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    result: RunResult
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.result.recipe
+
+    @property
+    def release_path(self) -> str | None:
+        """Where the recipe ships its artifact; `.` is the top of the release."""
+        return self.result.release_path
+
+    @property
+    def files(self) -> Mapping[str, tuple[str, int]]:
+        """sha256 and bytes of the artifact's files, by their paths in `artifact/`."""
+        stamps = self.manifest[ARTIFACT].items()
+        return {name: (stamp["sha256"], stamp["size"]) for name, stamp in sorted(stamps)}
+
+    @property
+    def kind(self) -> str:
+        """`onnx` or `gguf`."""
+        return GGUF if any(name.endswith(".gguf") for name in self.files) else ONNX
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """The report's files, by their paths in `report/`."""
+        return tuple(sorted(self.manifest[REPORT]))
+
+    @property
+    def terms(self) -> ModelTerms:
+        """The model's licence; without any where an older phiconv made the output."""
+        said = dict(self.manifest.get("terms") or {})
+        return ModelTerms(**{**said, "languages": tuple(said.get("languages", ()))})
+
+    @property
+    def target(self) -> str:
+        """The provider that the recipe builds for, in short, or `llama.cpp`."""
+        if self.kind == GGUF:
+            return "llama.cpp"
+        stages = self.manifest["recipe"]["resolved"]["stages"]
+        named = [entry["with"].get("provider") for entry in stages if entry["uses"] == _EXPORT]
+        return next((name for name in named if name), "cpu")
+
+
+_EXPORT = "export-onnx"
+
+
+def open_outputs(places: Sequence[Path]) -> list[Output]:
+    """Opens outputs; everything that is wrong with any of them is reported together.
+
+    Args:
+        places: Each an output folder of `phiconv build`, or a folder of such; an index page
+            beside them is passed over.
+
+    Raises:
+        RecipeError: There is none at one of the places, or one is given twice.
+        StageError: One is damaged.
+    """
+    folders: dict[Path, Path] = {}
+    for place in places:
+        if place.is_file() and place.name == INDEX:
+            continue
+        below = sorted(path.parent for path in place.glob(f"*/{MANIFEST}"))
+        found = [place] if (place / MANIFEST).is_file() else below
+        if not found:
+            raise RecipeError(f"there is no {MANIFEST} at {place}", remedy=_BUILD)
+        folders |= {folder.resolve(): folder for folder in found}
+    if not folders:
+        raise RecipeError("there is nothing to release", remedy=_BUILD)
+    outputs: list[Output] = []
+    errors: list[PhiconvError] = []
+    for folder in folders.values():
+        try:
+            outputs.append(_open(folder))
+        except PhiconvError as error:
+            errors.append(error)
+    raise_all(errors)
+    return sorted(outputs, key=lambda output: (output.release_path or "", output.name))
+
+
+def _open(folder: Path) -> Output:
+    manifest = read_manifest(folder)
+    result = read_result(folder)
+    problems = contradictions(manifest, result)
+    if problems:
+        raise StageError(
+            "; ".join(problem.what for problem in problems),
+            where=str(folder),
+            remedy="build it again: nothing has to be recomputed",
+        )
+    return Output(folder, manifest, result)
+
+
+def raise_all(errors: Sequence[PhiconvError]) -> None:
+    """Raises the errors that were found, together."""
+    from phiconv.errors import Problems
+
+    if errors:
+        raise errors[0] if len(errors) == 1 else Problems(list(errors))
