@@ -18,6 +18,7 @@ from phiconv.cli.boundary import Settings, boundary, terminate
 from phiconv.cli.diagnosis import diagnose
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
+from phiconv.cli.push import push
 from phiconv.cli.recipes import build, lock, plan
 from phiconv.cli.release import release, verify
 from phiconv.cli.report import compare, index
@@ -35,6 +36,7 @@ COMMANDS = (
     inspect,
     release,
     verify,
+    push,
     schema,
     doctor,
     cache,
