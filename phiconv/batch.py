@@ -198,12 +198,15 @@ def build_all(
             locks=locks,
         )
         preflight([(plan, folders[plan.recipe.name]) for plan in plans], workspace)
-        for plan in plans:
+        for index, plan in enumerate(plans):
             for warning in plan.warnings:
                 display.note(f"warning: {warning}")
             folder = folders[plan.recipe.name]
+            needed = {step.key for later in plans[index + 1 :] for step in later.steps}
             try:
-                built = build(plan, session, folder, threads=threads, display=display)
+                built = build(
+                    plan, session, folder, threads=threads, display=display, needed=needed
+                )
             except PhiconvError as error:
                 outcomes.append(Outcome(plan.recipe, None, error))
             else:

@@ -129,7 +129,7 @@ def _imported(name: str) -> tuple[Any, str]:
 
 def _workspace(workspace: Workspace) -> list[Finding]:
     entries = workspace.entries()
-    size = size_text(sum(entry.size_bytes for entry in entries))
+    size = size_text(sum(entry.stored_bytes for entry in entries))
     home = workspace.home
     return [
         Finding("workspace", "folder", str(home)),

@@ -65,9 +65,8 @@ def _disk_errors(builds: Sequence[tuple[Plan, Path]], workspace: Workspace) -> l
         shipped = plan.step(plan.shipped).estimate if plan.given is None else None
         if shipped is None:
             continue
-        if same_device(workspace.home, out):
-            needed += shipped.disk_bytes
-        else:
+        # On one disk the artifact is moved to the output, or shares its blocks.
+        if not same_device(workspace.home, out):
             elsewhere.append((out, shipped.disk_bytes, "choose a larger disk with --out"))
     wanted = [(workspace.home, needed, "set PHICONV_HOME to a larger disk"), *elsewhere]
     return [

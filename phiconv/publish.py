@@ -19,8 +19,10 @@ from typing import Any
 
 from phiconv.errors import PhiconvError, RecipeError, StageError
 from phiconv.stages.stage import JSON
-from phiconv.workspace import Entry, Workspace
+from phiconv.workspace import Entry, Session
 from phiconv.workspace.disk import flush_file, flush_folder
+from phiconv.workspace.entry import unchanged
+from phiconv.workspace.lending import lend, may_lend, reclaim, take_back
 from phiconv.workspace.store import remove_tree
 
 ARTIFACT, REPORT, MANIFEST = "artifact", "report", "manifest.json"
@@ -36,43 +38,88 @@ def publish(
     entry: Entry,
     write_report: Callable[[Path], None],
     manifest: Mapping[str, JSON],
-    workspace: Workspace,
+    session: Session,
+    *,
+    lendable: bool = True,
 ) -> None:
     """Puts an artifact and its report into an output folder.
 
     Where the very same build stands already it is let be, with the report of when it was made.
+    The artifact is moved there, lent by the store, where that is possible; see
+    phiconv/workspace/lending.py.
 
     Args:
         out: The folder; made if need be.
         entry: The shipped artifact.
         write_report: Writes the report's files into the folder it is given.
         manifest: What manifest.json says besides the files.
-        workspace: Gives the lock that keeps two builds from one folder.
+        session: The workspace, whose locks keep two builds from one folder and one artifact.
+        lendable: Whether the artifact may leave the store; not while this session needs it.
 
     Raises:
         RecipeError: The folder holds files there that are not phiconv's.
-        StageError: A file there cannot be replaced because it is in use.
+        StageError: A file there cannot be replaced because it is in use, or the artifact, which
+            lay in an output folder, was changed there since the build found it.
         OSError: Such as a full disk; what stood there stands.
     """
     out.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(os.path.normcase(out.resolve()).encode()).hexdigest()
-    with workspace.lock(f"out-{name}"):
+    with session.workspace.lock(f"out-{name}"):
         check_destination(out)
         document = {"phiconv": MANIFEST_VERSION, **manifest, ARTIFACT: _listed(entry)}
         if _stands(out, entry, document):
             return
-        _clear(out)
+        _clear(out, session)
         new = out / _NEW
         try:
-            _prepare(new, entry, write_report, document)
-            names = _names_in(_read_json(new / MANIFEST))
-            owned = sorted(_owned(out) | names)
-            _write_json(out / _JOURNAL, {"phiconv": MANIFEST_VERSION, "owned": owned})
-            _swap(out, new)
+            _prepare(new, write_report, document)
+            with session.lock(entry.key):
+                _replace(out, new, entry, session, lendable=lendable)
         finally:
             remove_tree(new)
         remove_tree(out / _OLD)
         (out / _JOURNAL).unlink()
+
+
+def _replace(out: Path, new: Path, entry: Entry, session: Session, *, lendable: bool) -> None:
+    """Puts what `_prepare` made and the artifact in the place of what stands."""
+    place = _place(out)
+    artifact = _artifact(new, entry, session, place, lendable=lendable)
+    owned = sorted(_owned(out) | _names_in(_read_json(new / MANIFEST)))
+    _write_json(out / _JOURNAL, {"phiconv": MANIFEST_VERSION, "owned": owned})
+    _swap(out, new, artifact)
+    reclaim(session.workspace, place, out / _OLD / ARTIFACT)
+
+
+def _place(out: Path) -> Path:
+    """Where the artifact goes, as lent entries name it."""
+    return out.resolve() / ARTIFACT
+
+
+def _artifact(
+    new: Path, entry: Entry, session: Session, place: Path, *, lendable: bool
+) -> Path | None:
+    """The folder to move to `place`; None when what stands there is to stay."""
+    found = session.workspace.lookup(entry.kind, entry.key)
+    if found is not None and found.path == place:
+        return None
+    found = found and take_back(session, found)
+    if found is None:
+        raise StageError(
+            "the artifact, which lay in an output folder, was changed or removed there",
+            where=str(entry.path),
+            remedy="build again: it will be made anew",
+        )
+    target = new / ARTIFACT
+    target.mkdir()
+    if not _reflink_all(found, target):
+        if lendable and may_lend(session, found, new):
+            return lend(found, place).folder / ARTIFACT
+        for name in found.files:
+            place_file(found.path / name, _with_parents(target / name))
+    for path in _files(target):
+        flush_file(path)
+    return target
 
 
 def _listed(entry: Entry) -> dict[str, JSON]:
@@ -88,14 +135,9 @@ def _stands(out: Path, entry: Entry, document: Mapping[str, Any]) -> bool:
     report = found.pop(REPORT, None)
     if found != document or not report or (out / _JOURNAL).exists():
         return False
-    try:
-        for name, stamp in entry.files.items():
-            status = (out / ARTIFACT / name).stat()
-            if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
-                return False
-    except OSError:
-        return False
-    return all((out / REPORT / name).is_file() for name in report)
+    return unchanged(entry.files, out / ARTIFACT) and all(
+        (out / REPORT / name).is_file() for name in report
+    )
 
 
 def check_destination(out: Path) -> None:
@@ -166,29 +208,35 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
 
 
-def _clear(out: Path) -> None:
+def _clear(out: Path, session: Session) -> None:
     """Removes what a killed build left; nobody else writes here while the lock is held."""
+    reclaim(session.workspace, _place(out), out / _OLD / ARTIFACT)
     for name in (_NEW, _OLD):
         remove_tree(out / name)
 
 
-def _prepare(
-    new: Path,
-    entry: Entry,
-    write_report: Callable[[Path], None],
-    document: Mapping[str, Any],
-) -> None:
-    (new / ARTIFACT).mkdir(parents=True)
-    (new / REPORT).mkdir()
-    for name in entry.files:
-        target = new / ARTIFACT / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place_file(entry.path / name, target)
+def _prepare(new: Path, write_report: Callable[[Path], None], document: Mapping[str, Any]) -> None:
+    (new / REPORT).mkdir(parents=True)
     write_report(new / REPORT)
     for path in _files(new):
         flush_file(path)
     report = [path.relative_to(new / REPORT).as_posix() for path in _files(new / REPORT)]
     _write_json(new / MANIFEST, {**document, REPORT: report})
+
+
+def _with_parents(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _reflink_all(entry: Entry, target: Path) -> bool:
+    """Shares the blocks of every file, or of none."""
+    for name in entry.files:
+        copy = _with_parents(target / name)
+        if not _reflink(entry.path / name, copy):
+            return False
+        shutil.copystat(entry.path / name, copy)
+    return True
 
 
 def place_file(source: Path, target: Path) -> None:
@@ -216,13 +264,15 @@ def _reflink(source: Path, target: Path) -> bool:
     return True
 
 
-def _swap(out: Path, new: Path) -> None:
+def _swap(out: Path, new: Path, artifact: Path | None) -> None:
     """Moves the old content aside and the new into place, the manifests first and last."""
     old = out / _OLD
     old.mkdir()
     done: list[tuple[Path, Path]] = []
-    moves = [(out / name, old / name) for name in (MANIFEST, ARTIFACT, REPORT)]
-    moves += [(new / name, out / name) for name in (ARTIFACT, REPORT, MANIFEST)]
+    kept = {ARTIFACT} if artifact is None else set()
+    moves = [(out / name, old / name) for name in (MANIFEST, ARTIFACT, REPORT) if name not in kept]
+    moves += [] if artifact is None else [(artifact, out / ARTIFACT)]
+    moves += [(new / name, out / name) for name in (REPORT, MANIFEST)]
     try:
         for source, target in moves:
             if source.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ from phiconv.units import size_text
 from phiconv.workspace import Entry, Session, Workspace
 from phiconv.workspace.disk import disk_full
 from phiconv.workspace.entry import ARTIFACT
+from phiconv.workspace.lending import take_back
 from phiconv.workspace.store import remove_tree
 
 if TYPE_CHECKING:
@@ -123,7 +124,15 @@ def _preload(recipe: Recipe) -> None:
                 use.stage.preload()
 
 
-def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Display) -> Built:
+def build(
+    plan: Plan,
+    session: Session,
+    out: Path,
+    *,
+    threads: int,
+    display: Display,
+    needed: Collection[str] = (),
+) -> Built:
     """Builds what a plan says and publishes it.
 
     Args:
@@ -132,6 +141,7 @@ def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Dis
         out: The output folder.
         threads: How many threads a stage may use.
         display: Where progress is shown.
+        needed: Keys of artifacts that this session will read afterwards.
 
     Raises:
         PhiconvError: A stage failed; the output folder stays as it was.
@@ -149,7 +159,8 @@ def build(plan: Plan, session: Session, out: Path, *, threads: int, display: Dis
         write_reports(result, folder)
 
     try:
-        publish(out, entry, write_report, manifest(plan, result), session.workspace)
+        lendable = entry.key not in needed
+        publish(out, entry, write_report, manifest(plan, result), session, lendable=lendable)
     except OSError as error:
         raise disk_full(error, out, entry.size_bytes) or error from error
     return Built(plan, result, out / ARTIFACT_FOLDER, out / REPORT)
@@ -193,7 +204,16 @@ class Runner:
         """Where an input is; it is made first if need be."""
         if source == self._plan.given:
             return source.path
-        return self.ensure(self._plan.step(source.id)).entry.path
+        step = self._plan.step(source.id)
+        entry = self.ensure(step).entry
+        if not entry.is_lent:
+            return entry.path
+        with self._session.lock(step.key, lambda: self._waiting(step)):
+            if take_back(self._session, entry) is not None:
+                return entry.path
+        # It was lent to an output, and changed or removed there since.
+        del self.made[step.id]
+        return self._path(source)
 
     def _find(self, step: Step) -> Made | None:
         with self._session.lock(step.key, lambda: self._waiting(step)):

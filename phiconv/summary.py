@@ -192,7 +192,7 @@ def _or_dash(value: float | None) -> str:
 def entries_text(entries: Iterable[Entry], now: float) -> str:
     """Entries of the workspace as a table, the most recently used first."""
     found = sorted(entries, key=lambda entry: -entry.used)
-    rows = [("kind", "recipe", "step", "size", "used", "key")]
+    rows = [("kind", "recipe", "step", "size", "used", "key", "")]
     rows += [
         (
             entry.kind,
@@ -201,10 +201,11 @@ def entries_text(entries: Iterable[Entry], now: float) -> str:
             size_text(entry.size_bytes),
             _ago(now - entry.used),
             entry.key[:12],
+            f"in {entry.path}" if entry.is_lent else "",
         )
         for entry in found
     ]
-    total = size_text(sum(entry.size_bytes for entry in found))
+    total = size_text(sum(entry.stored_bytes for entry in found))
     return "\n".join([*table(rows, ""), f"{len(found)} artifacts, {total}"])
 
 

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from phiconv.errors import PhiconvError, RecipeError
-from phiconv.publish import check_destination, place_file, publish
+from phiconv.errors import PhiconvError, RecipeError, StageError
+from phiconv.publish import check_destination, publish
 from phiconv.workspace import Entry, Session, Workspace
+from phiconv.workspace.collect import collect
+from phiconv.workspace.lending import take_back
 from phiconv.workspace.session import open_session
 from tests.test_workspace import KEY
 from tests.test_workspace import publish as make_entry
@@ -28,7 +34,7 @@ def write_report(folder: Path) -> None:
 
 def put(session: Session, out: Path, files: dict[str, bytes], key: str = KEY) -> Entry:
     entry = make_entry(session, files, key)
-    publish(out, entry, write_report, {"name": "toy"}, session.workspace)
+    publish(out, entry, write_report, {"name": "toy"}, session)
     return entry
 
 
@@ -99,7 +105,12 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing is cleaned up after it."""
 
 
-@pytest.mark.parametrize("moves", range(6))
+OTHER = "cd" + KEY[2:]
+# The probe that a move is possible, three moves aside, three into place, one back into the store.
+MOVES = 8
+
+
+@pytest.mark.parametrize("moves", range(MOVES))
 def test_a_kill_during_the_swap_leaves_whole_parts_and_the_next_publish_repairs(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
@@ -120,20 +131,24 @@ def test_a_kill_during_the_swap_leaves_whole_parts_and_the_next_publish_repairs(
         patch.setattr(Path, "rename", rename_and_die)
         patch.setattr("phiconv.publish.remove_tree", lambda folder: None)
         with pytest.raises(Killed):
-            publish(out, entry, write_report, {}, session.workspace)
+            publish(out, entry, write_report, {}, session)
     assert_whole(out)
     assert files_in(out / "artifact") in (
         {},
         {"a.bin": b"old", "gone.bin": b"x"},
         {"a.bin": b"new"},
     )
-    publish(out, entry, write_report, {}, session.workspace)
+    assert session.find("onnx", OTHER) is not None, "what was made is lost"
+    publish(out, entry, write_report, {}, session)
     assert files_in(out / "artifact") == {"a.bin": b"new"}
     assert {path.name for path in out.iterdir()} == {"artifact", "report", "manifest.json"}
     assert_whole(out)
+    before = session.find("onnx", KEY)
+    assert before is not None, "what gave way is lost"
+    assert files_in(before.path) == {"a.bin": b"old", "gone.bin": b"x"}
 
 
-@pytest.mark.parametrize("moves", range(6))
+@pytest.mark.parametrize("moves", range(1, MOVES - 1))
 def test_a_file_in_use_leaves_everything_as_it_was(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
@@ -153,7 +168,7 @@ def test_a_file_in_use_leaves_everything_as_it_was(
 
     monkeypatch.setattr(Path, "rename", refuse_once)
     with pytest.raises(PhiconvError, match="cannot be replaced: in use"):
-        publish(out, entry, write_report, {}, session.workspace)
+        publish(out, entry, write_report, {}, session)
     assert files_in(out) == before
 
 
@@ -167,7 +182,7 @@ def test_a_failing_report_leaves_everything_as_it_was(session: Session, tmp_path
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        publish(out, entry, fail, {}, session.workspace)
+        publish(out, entry, fail, {}, session)
     assert files_in(out) == before
 
 
@@ -175,7 +190,7 @@ def test_the_same_build_is_let_be_unless_something_is_amiss(
     session: Session, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    entry = put(session, out, {"a.bin": b"abc"})
+    put(session, out, {"a.bin": b"abc"})
     reports: list[Path] = []
 
     def report(folder: Path) -> None:
@@ -183,7 +198,8 @@ def test_the_same_build_is_let_be_unless_something_is_amiss(
         write_report(folder)
 
     def again(name: str = "toy") -> int:
-        publish(out, entry, report, {"name": name}, session.workspace)
+        entry = session.find("onnx", KEY) or make_entry(session, {"a.bin": b"abc"})
+        publish(out, entry, report, {"name": name}, session)
         assert_whole(out)
         return len(reports)
 
@@ -205,15 +221,166 @@ def test_the_same_build_is_let_be_unless_something_is_amiss(
     assert again("other") == 5
 
 
-def test_output_files_have_one_name_only(
+def placed(session: Session, key: str = KEY) -> Path:
+    """Where the artifact of a hit lies."""
+    found = session.find("onnx", key)
+    assert found is not None
+    return found.path
+
+
+def without_reflinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phiconv.publish._reflink", lambda source, target: False)
+
+
+def test_what_ships_is_moved_and_stays_a_hit(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """onnx refuses to read external data that has two."""
+    without_reflinks(monkeypatch)
+    entry = make_entry(session, {"a.bin": b"abc", "sub/b": b""})
+    made = (entry.path / "a.bin").stat()
+    publish(tmp_path / "out", entry, write_report, {}, session)
+    assert (tmp_path / "out" / "artifact" / "a.bin").stat() == made
+    assert made.st_nlink == 1
+    assert files_in(entry.folder).keys() == {"manifest.json"}
+    assert placed(session) == tmp_path / "out" / "artifact"
+    assert_whole(tmp_path / "out")
+
+
+def test_a_moved_artifact_that_is_changed_or_gone_is_a_miss(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    entry = put(session, tmp_path / "out", {"a.bin": b"abc"})
+    (tmp_path / "out" / "artifact" / "a.bin").write_bytes(b"abd")
+    assert session.find("onnx", KEY) is None
+    with pytest.raises(StageError, match="changed or removed"):
+        publish(tmp_path / "other", entry, write_report, {}, session)
+    assert not (tmp_path / "other" / "artifact").exists()
+    put(session, tmp_path / "out", {"a.bin": b"abc"})
+    assert placed(session) == tmp_path / "out" / "artifact"
+    shutil.rmtree(tmp_path / "out")
+    assert session.find("onnx", KEY) is None
+    assert len(collect(session).broken) == 1
+    assert list(session.workspace.folders()) == []
+
+
+def test_an_artifact_that_gives_way_goes_back_into_the_store(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    out = tmp_path / "out"
+    first = put(session, out, {"a.bin": b"one"})
+    second = put(session, out, {"a.bin": b"two"}, OTHER)
+    assert placed(session) == first.folder / "artifact"
+    assert placed(session, OTHER) == out / "artifact"
+    publish(out, first, write_report, {"name": "toy"}, session)
+    assert placed(session) == out / "artifact"
+    assert placed(session, OTHER) == second.folder / "artifact"
+    assert files_in(out / "artifact") == {"a.bin": b"one"}
+    assert files_in(second.folder / "artifact") == {"a.bin": b"two"}
+
+
+def test_a_second_output_leaves_the_first_alone(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    entry = put(session, tmp_path / "one", {"a.bin": b"abc", "sub/b": b""})
+    publish(tmp_path / "two", entry, write_report, {"name": "toy"}, session)
+    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
+    assert placed(session) == tmp_path / "two" / "artifact"
+    for out in ("one", "two", "one"):
+        publish(tmp_path / out, entry, write_report, {"name": "again"}, session)
+        assert_whole(tmp_path / out)
+    assert files_in(tmp_path / "one" / "artifact") == {"a.bin": b"abc", "sub/b": b""}
+
+
+def test_a_stage_reads_a_copy_of_what_was_moved(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    entry = put(session, tmp_path / "out", {"a.bin": b"abc", "sub/b": b""})
+    lent = session.find("onnx", KEY)
+    assert lent is not None and lent.is_lent
+    assert lent.stored_bytes == 0
+    back = take_back(session, lent)
+    assert back is not None
+    assert files_in(entry.folder / "artifact") == files_in(tmp_path / "out" / "artifact")
+    assert placed(session) == entry.folder / "artifact"
+    publish(tmp_path / "out", back, write_report, {"name": "other"}, session)
+    assert placed(session) == tmp_path / "out" / "artifact"
+    assert_whole(tmp_path / "out")
+
+
+def test_a_copy_for_a_stage_is_checked_byte_by_byte(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    put(session, tmp_path / "out", {"a.bin": b"abc"})
+    lent = session.find("onnx", KEY)
+    assert lent is not None
+    file = tmp_path / "out" / "artifact" / "a.bin"
+    times = file.stat()
+    file.write_bytes(b"abd")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert take_back(session, lent) is None
+    file.unlink()
+    assert take_back(session, lent) is None
+    assert not (lent.folder / "artifact").exists()
+
+
+def test_what_another_build_may_be_reading_is_copied(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    with open_session(session.workspace):
+        entry = put(session, tmp_path / "out", {"a.bin": b"abc"})
+    assert placed(session) == entry.folder / "artifact"
+    assert files_in(tmp_path / "out" / "artifact") == {"a.bin": b"abc"}
+    assert_whole(tmp_path / "out")
+
+
+def test_what_this_build_needs_later_is_copied(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    entry = make_entry(session, {"a.bin": b"abc"})
+    publish(tmp_path / "out", entry, write_report, {}, session, lendable=False)
+    assert placed(session) == entry.folder / "artifact"
+    assert_whole(tmp_path / "out")
+
+
+def test_to_another_file_system_is_copied(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    rename = Path.rename
+
+    def across(self: Path, target: Path) -> Path:
+        if self.is_relative_to(session.workspace.artifacts):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", across)
     data = b"x" * (17 << 20)
     entry = put(session, tmp_path / "out", {"large": data})
-    monkeypatch.setattr("phiconv.publish._reflink", lambda source, target: False)
-    place_file(entry.path / "large", tmp_path / "copied")
-    for placed in (tmp_path / "out" / "artifact" / "large", tmp_path / "copied"):
-        assert placed.read_bytes() == data
-        assert placed.stat().st_nlink == 1
-        assert placed.stat().st_mtime_ns == (entry.path / "large").stat().st_mtime_ns
+    copied, kept = tmp_path / "out" / "artifact" / "large", entry.path / "large"
+    assert kept.is_file()
+    assert copied.read_bytes() == data
+    assert copied.stat().st_nlink == 1
+    assert copied.stat().st_mtime_ns == kept.stat().st_mtime_ns
+
+
+def test_collection_counts_what_was_moved_as_the_users(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_reflinks(monkeypatch)
+    put(session, tmp_path / "out", {"a.bin": b"x" * 100})
+    make_entry(session, {"a.bin": b"x" * 70}, OTHER)
+    done = collect(session, max_bytes=0)
+    assert [entry.key for entry in done.entries] == [OTHER]
+    assert (done.freed_bytes, done.kept_bytes) == (70, 0)
+    assert placed(session) == tmp_path / "out" / "artifact"
+    done = collect(session, older_than=timedelta(0))
+    assert [entry.key for entry in done.entries] == [KEY]
+    assert done.freed_bytes == 0
+    assert files_in(tmp_path / "out" / "artifact") == {"a.bin": b"x" * 100}

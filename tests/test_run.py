@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,8 +83,6 @@ def test_a_second_build_is_all_hits_and_leaves_the_report(bench: Bench) -> None:
 
 
 def test_two_builds_are_byte_identical(bench: Bench, tmp_path: Path) -> None:
-    import shutil
-
     (tmp_path / "other").mkdir()
     checkpoint = shutil.copytree(bench.checkpoint, tmp_path / "other" / "model")
     other = Bench(tmp_path / "other", checkpoint)
@@ -131,6 +130,36 @@ def test_rebuild_runs_everything(bench: Bench) -> None:
     before = files_in(bench.out / "artifact")
     assert bench.states(bench.build(rebuild=True)) == dict.fromkeys(ALL, False)
     assert files_in(bench.out / "artifact") == before
+
+
+def test_what_was_moved_to_the_output_is_read_again_as_a_copy(bench: Bench) -> None:
+    bench.build()
+    [entry] = [entry for entry in bench.workspace.entries() if entry.step == "int4.onnx"]
+    assert entry.path == bench.out.resolve() / "artifact"
+    outcome = bench.build(RECIPE, None, "check.provider=DmlExecutionProvider")
+    assert bench.states(outcome) == {**dict.fromkeys(ALL, True), "check": False}
+    assert_whole(bench.out)
+
+
+def test_an_output_removed_by_hand_is_made_again(bench: Bench) -> None:
+    bench.build()
+    before = files_in(bench.out / "artifact")
+    shutil.rmtree(bench.out)
+    assert bench.states(bench.build()) == {**dict.fromkeys(ALL, True), "int4.onnx": False}
+    assert files_in(bench.out / "artifact") == before
+
+
+def test_an_output_removed_while_another_is_built_is_made_again(bench: Bench) -> None:
+    bench.build()
+    (bench.folder / "mark.txt").write_text("x")
+
+    def remove(ctx: StageContext) -> None:
+        shutil.rmtree(bench.out)
+
+    text = STAMPED.replace("id: check, uses: measure", "id: check, from: int4, uses: measure")
+    outcome = bench.build(text, registry(stamp=Stamp(remove)), "check.provider=Dml")
+    assert outcome.built is not None, outcome.error
+    assert_whole(bench.out)
 
 
 def test_a_removed_entry_is_made_again(bench: Bench) -> None:

@@ -37,9 +37,8 @@ def cache_gc(older_than: str | None, max_size: str | None, dry_run: bool) -> Non
     """Remove artifacts that are old or too many.
 
     What killed builds left is always removed, but what they could go on from stays with
-    --older-than until it is that old. What a running build may be using is kept. Large
-    files that dist/ shares with the workspace take their disk space until they are removed there,
-    too.
+    --older-than until it is that old. What a running build may be using is kept. Output folders
+    are yours: what lies there is never removed, and counts as no space here.
     """
     import time
 

@@ -25,8 +25,9 @@ class Collected:
 
     Attributes:
         entries: Entries, least recently used first.
-        broken: Folders without a whole manifest.
+        broken: Folders without a whole manifest, or whose artifact is nowhere.
         unfinished: What killed steps could have gone on from.
+        freed_bytes: Size of what was removed; outputs are the user's and stay.
         kept_bytes: Size of what stays.
         in_use: Entries that were due but may be in use by a running build.
     """
@@ -34,13 +35,9 @@ class Collected:
     entries: tuple[Entry, ...]
     broken: tuple[Path, ...]
     unfinished: tuple[Path, ...]
+    freed_bytes: int
     kept_bytes: int
     in_use: int
-
-    @property
-    def freed_bytes(self) -> int:
-        """Size of the removed entries; what dist/ still links to stays on the disk."""
-        return sum(entry.size_bytes for entry in self.entries)
 
 
 def parse_duration(text: str) -> timedelta:
@@ -90,27 +87,28 @@ def collect(
     now = time.time()
     others = oldest_start(workspace, but=session.folder.name)
     entries = sorted(workspace.entries(), key=lambda entry: entry.used)
-    total = sum(entry.size_bytes for entry in entries)
+    sizes = {entry.key: entry.stored_bytes for entry in entries}
+    total = before = sum(sizes.values())
     removed: list[Entry] = []
     in_use = 0
     for entry in entries:
         too_old = older_than is not None and now - entry.used > older_than.total_seconds()
-        too_much = max_bytes is not None and total > max_bytes
+        too_much = max_bytes is not None and total > max_bytes and not entry.is_lent
         if not (too_old or too_much):
             continue
         if not _take(session, entry.key, entry.folder, others, dry_run):
             in_use += 1
             continue
         removed.append(entry)
-        total -= entry.size_bytes
-    broken = tuple(folder for folder in workspace.folders() if read_manifest(folder) is None)
+        total -= sizes[entry.key]
+    broken = tuple(folder for folder in workspace.folders() if _is_broken(folder))
     if not dry_run:
         for folder in broken:
             _take(session, folder.name, folder, others, dry_run)
     unfinished = _take_unfinished(session, older_than, now, dry_run)
     if not dry_run:
         _forget_locks(workspace)
-    return Collected(tuple(removed), broken, unfinished, total, in_use)
+    return Collected(tuple(removed), broken, unfinished, before - total, total, in_use)
 
 
 def _take_unfinished(
@@ -127,6 +125,11 @@ def _take_unfinished(
             if not dry_run:
                 session.discard(folder)
     return tuple(taken)
+
+
+def _is_broken(folder: Path) -> bool:
+    entry = read_manifest(folder)
+    return entry is None or not entry.path.is_dir()
 
 
 def _take(session: Session, key: str, folder: Path, others: float | None, dry_run: bool) -> bool:

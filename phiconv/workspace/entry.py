@@ -1,8 +1,9 @@
 """One entry of the store: `artifact/` and the `manifest.json` that was written after it.
 
-An entry is trusted when its manifest is whole and every file has the size and modification time
-that the manifest records; where only the time differs, the file's sha256 decides. Anything else is
-a miss, never an error.
+The artifact may lie in an output folder instead, lent to it (phiconv/workspace/lending.py); the
+manifest then says where. An entry is trusted when its manifest is whole and every file has the
+size and modification time that the manifest records; where only the time differs, the file's
+sha256 decides. Anything else is a miss, never an error.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Entry:
         key_of: What the key was computed from.
         files: By path relative to `path`, with forward slashes.
         folder: The entry's folder.
+        lent_to: Where the artifact lies, absolute, when the entry's folder does not hold it.
     """
 
     kind: str
@@ -63,16 +65,28 @@ class Entry:
     key_of: Mapping[str, Any]
     files: Mapping[str, FileStamp]
     folder: Path
+    lent_to: str | None = None
 
     @property
     def path(self) -> Path:
         """The artifact itself."""
-        return self.folder / ARTIFACT
+        own = self.folder / ARTIFACT
+        return own if self.lent_to is None or own.is_dir() else Path(self.lent_to)
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether the artifact lies in an output folder, where it may change or go at any time."""
+        return self.lent_to is not None and not (self.folder / ARTIFACT).is_dir()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
         return sum(stamp.size for stamp in self.files.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files that lie in the store."""
+        return 0 if self.is_lent else self.size_bytes
 
     @property
     def used(self) -> float:
@@ -161,13 +175,14 @@ def verified(folder: Path) -> Entry | None:
     if entry is None:
         return None
     renewed: dict[str, FileStamp] = {}
+    artifact = entry.path
     try:
         for name, stamp in entry.files.items():
-            status = (entry.path / name).stat()
+            status = (artifact / name).stat()
             if status.st_size != stamp.size:
                 return None
             if status.st_mtime_ns != stamp.mtime_ns:
-                if sha256_file(entry.path / name) != stamp.sha256:
+                if sha256_file(artifact / name) != stamp.sha256:
                     return None
                 renewed[name] = replace(stamp, mtime_ns=status.st_mtime_ns)
         if renewed:
@@ -176,6 +191,18 @@ def verified(folder: Path) -> Entry | None:
     except OSError:
         return None
     return entry
+
+
+def unchanged(files: Mapping[str, FileStamp], artifact: Path) -> bool:
+    """Whether a folder holds these files, by size and time alone."""
+    try:
+        stats = {name: (artifact / name).stat() for name in files}
+    except OSError:
+        return False
+    return all(
+        (stats[name].st_size, stats[name].st_mtime_ns) == (stamp.size, stamp.mtime_ns)
+        for name, stamp in files.items()
+    )
 
 
 def _inside(name: str) -> str:

@@ -20,7 +20,8 @@ _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by phiconv; see `phi
 class Workspace:
     """A folder with this inside.
 
-    - `artifacts/<kind>/<key[:2]>/<key>/`: one folder an entry: `artifact/`, `manifest.json`;
+    - `artifacts/<kind>/<key[:2]>/<key>/`: one folder an entry: `manifest.json` and `artifact/`,
+      which may lie in an output folder instead;
     - `locks/`: one lock file for each key that was ever built;
     - `sessions/`: the half-made artifacts of running processes;
     - `unfinished/<key>/`: what long steps had done when they were killed, to go on from there;
