@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from phiconv.report.results import StageRecord
 
 _PLAIN_SECONDS = 5.0
+_PLAIN_SHARE = 0.1
+"""Of the time a step has taken so far: a log of hours has dozens of lines, not thousands."""
 _NAME_WIDTH = 36
 
 PeakMemory = Callable[[], int]
@@ -83,7 +85,7 @@ def outcome(record: StageRecord) -> str:
 
 
 class PlainDisplay:
-    """Lines without control characters; at most one every few seconds within a step."""
+    """Lines without control characters; within a step ever more seldom."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
@@ -121,7 +123,7 @@ class _PlainProgress:
     def __init__(self, display: PlainDisplay, label: str, clock: Callable[[], float]) -> None:
         self._display, self._label, self._clock = display, label, clock
         self._lock = threading.Lock()
-        self._last = clock()
+        self._first = self._last = clock()
         self.start(None)
 
     def start(self, total: int | None, unit: str = "bytes") -> None:
@@ -132,7 +134,8 @@ class _PlainProgress:
         with self._lock:
             self._done += amount
             now = self._clock()
-            if now - self._last < _PLAIN_SECONDS:
+            pause = max(_PLAIN_SECONDS, _PLAIN_SHARE * (self._last - self._first))
+            if now - self._last < pause:
                 return
             self._last = now
             text = amount_text(self._done, self._total, self._unit)

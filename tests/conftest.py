@@ -39,5 +39,6 @@ def phiconv(
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("PHICONV_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)  # it adds lines for annotations
     yield Terminal(capsys)
     signal.signal(signal.SIGTERM, handler)

@@ -94,3 +94,12 @@ def test_the_display_suits_the_stream() -> None:
     quiet.note("x")
     quiet.close()
     assert stream.getvalue() == ""
+
+
+def test_a_long_step_says_ever_more_seldom_how_far_it_is() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = PlainDisplay(stream, clock).step("awq", "awq", lambda: 0)
+    for second in range(2 * 3600):
+        clock.now = second
+        progress.advance(1)
+    assert 40 < len(stream.getvalue().splitlines()) < 80

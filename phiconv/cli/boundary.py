@@ -43,11 +43,13 @@ def boundary(settings: Settings) -> Iterator[None]:
     try:
         yield
     except PhiconvError as error:
+        from phiconv.cli.annotations import annotate
         from phiconv.summary import error_text
 
         if settings.verbose:
             _print_traceback()
         click.echo(error_text(error), err=True)
+        annotate(error)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()

@@ -22,9 +22,19 @@ def print_lines(lines: Iterable[tuple[str, str | None]], quiet: bool = False) ->
 
 def print_outcomes(outcomes: Sequence[Outcome], quiet: bool) -> None:
     """The summary on stdout, the errors on stderr."""
+    from phiconv.cli.annotations import annotate, annotate_failures
     from phiconv.summary import error_text, outcome_lines
 
     for outcome in outcomes:
         print_lines(outcome_lines(outcome), quiet)
         if outcome.error is not None:
             click.echo(error_text(outcome.error), err=True)
+            annotate(outcome.error)
+        annotate_failures(outcome.recipe.name, _failures(outcome))
+
+
+def _failures(outcome: Outcome) -> list[str]:
+    """The gates that failed, and the validations that were not run."""
+    validations = outcome.built.result.validations if outcome.built else ()
+    failures = [str(gate) for item in validations for gate in item.gates if not gate.passed]
+    return failures + [item.verdict for item in validations if item.status == "not_run"]

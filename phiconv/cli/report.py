@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from phiconv.cli.annotations import annotate_failures
 from phiconv.cli.options import json_option, print_json, verbose_option
 from phiconv.cli.outcomes import print_lines
 
@@ -73,6 +74,7 @@ def compare(
         )
     else:
         print_lines(comparison_lines(found))
+    annotate_failures(found.candidate.result.recipe, [*found.failures, *found.not_run])
     return found.exit_code
 
 

@@ -176,6 +176,8 @@ def test_a_pull_request_leaves_the_branch_alone(release: Path, hub: HubStub) -> 
     repository = hub.repositories[REPO]
     assert MODEL not in repository.files()
     assert MODEL in repository.files("refs/pr/1")
+    again = push(plan_push(release, Target(REPO, "refs/pr/1")))
+    assert (again.new, again.commit) == (False, done.commit)
 
 
 def test_other_files_stay_unless_they_are_to_go(release: Path, hub: HubStub) -> None:
