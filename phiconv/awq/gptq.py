@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,49 @@ class Codes:
     scales: NDArray[np.float32]
     zeros: NDArray[np.float32]
     loss: float
+
+    def weights(self, rows: NDArray[np.int64], group_size: int) -> NDArray[np.float32]:
+        """What rows stand for, float32 [rows, K]."""
+        size = self.codes.shape[1]
+        values = self.codes[rows].astype(np.float32)
+        values -= np.repeat(self.zeros[rows], group_size, axis=1)[:, :size]
+        values *= np.repeat(self.scales[rows], group_size, axis=1)[:, :size]
+        return values
+
+    def packed(self, grid: Grid) -> PackedCodes:
+        """The codes in the layout of MatMulNBits."""
+        n, size = self.codes.shape
+        groups = self.scales.shape[1]
+        padded = np.zeros((n, groups * grid.group_size), np.uint8)
+        padded[:, :size] = self.codes
+        zeros = None
+        if not grid.symmetric:
+            filled = np.full((n, groups + groups % 2), 8, np.uint8)
+            filled[:, :groups] = self.zeros
+            zeros = _packed(filled, 4) if grid.bits == 4 else filled[:, :groups].copy()
+        codes = _packed(padded, grid.bits).reshape(n, groups, -1)
+        return PackedCodes(codes, self.scales.astype(np.float16), zeros)
+
+
+class PackedCodes(NamedTuple):
+    """Codes as `phiconv.kernels.matmulnbits.layout` has them.
+
+    Attributes:
+        codes: uint8 [N, groups, group_size * bits / 8].
+        scales: float16 [N, groups].
+        zero_points: uint8 [N, ceil(groups * bits / 8)]; None on a symmetric grid.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+    zero_points: NDArray[np.uint8] | None
+
+
+def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Two codes of 4 bits a byte, the first one low."""
+    if bits == 8:
+        return codes
+    return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4, dtype=np.uint8))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from phiconv.checkpoint import ModelConfig
 
 # What Python, torch and transformers take before the first weight is read.
-_INTERPRETER_BYTES = 600 << 20
+INTERPRETER_BYTES = 600 << 20
 
 
 class TokenSetParams(BaseModel):
@@ -54,13 +54,18 @@ class TokenSetParams(BaseModel):
         return value if value == "default" or folder is None else str(Path(folder) / value)
 
 
-def check_tokens(params: TokenSetParams, config: ModelConfig, where: str) -> list[PhiconvError]:
+def check_tokens(
+    params: TokenSetParams,
+    config: ModelConfig,
+    where: str,
+    packaged: Literal["validation", "calibration"] = "validation",
+) -> list[PhiconvError]:
     """Finds an unreadable token file, or windows longer than the model's context."""
     from phiconv.tokens import read_texts
 
     errors: list[PhiconvError] = []
     try:
-        read_texts(params.tokens)
+        read_texts(params.tokens, packaged=packaged)
     except RecipeError as error:
         errors.append(error)
     if params.window_length > config.max_position_embeddings:
@@ -115,7 +120,7 @@ class Reference:
         layer = 4 * config.hidden_size * (2 * attention + 3 * config.intermediate_size)
         batch = max(1024, params.window_length) * 3 * config.intermediate_size * 4
         return Estimate(
-            disk_bytes=stream, ram_bytes=_INTERPRETER_BYTES + 2 * layer + 2 * stream + batch
+            disk_bytes=stream, ram_bytes=INTERPRETER_BYTES + 2 * layer + 2 * stream + batch
         )
 
     def run(self, params: TokenSetParams, ctx: StageContext) -> dict[str, JSON]:

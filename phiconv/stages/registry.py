@@ -6,6 +6,7 @@ types in `phiconv.stages.stage`, does not import them all.
 
 from __future__ import annotations
 
+from phiconv.stages.awq import Awq
 from phiconv.stages.cast import Cast
 from phiconv.stages.convert_gguf import ConvertGguf
 from phiconv.stages.export_onnx import ExportOnnx
@@ -22,6 +23,7 @@ STAGES: dict[str, Stage] = {
     "export-onnx": ExportOnnx(),
     "quantize": Quantize(),
     "cast": Cast(),
+    "awq": Awq(),
     "write-onnx": WriteOnnx(),
     "olive": Olive(),
     "imatrix": Imatrix(),
