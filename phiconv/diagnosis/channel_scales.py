@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phiconv.diagnosis.block_errors import Scales, checkpoint_rows
+from phiconv.errors import StageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -45,6 +48,54 @@ def fit_channel_scales(
         columns = _ratio(rows @ product, (rows * rows) @ square)
         rows = _ratio(product @ columns, square @ (columns * columns))
     return Scales(rows, columns) if _varies(rows) or _varies(columns) else None
+
+
+def undone_in_readers(
+    norm: WeightPart, readers: Sequence[WeightPart], checkpoint: Checkpoint
+) -> bool:
+    """Whether every reader of a norm's output undoes what the norm was multiplied by.
+
+    Then its columns, divided by the norm's factors, are nearer to the checkpoint's than as they
+    are, whatever its rows were multiplied by. A fault in the norm alone, or in one that was
+    rescaled besides, takes them further away.
+
+    Args:
+        norm: The norm's weight.
+        readers: The weights that read it; none is False.
+        checkpoint: Where the weights come from.
+    """
+    import numpy as np
+
+    if not readers:
+        return False
+    expected = checkpoint_rows(norm, checkpoint, 0, len(norm))
+    try:
+        found = norm.load().rows(norm.start, norm.stop)
+        weights = [reader.load() for reader in readers]
+    except StageError:
+        return False
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return False
+    factors: NDArray[np.float32] = np.ones(len(norm), np.float32)
+    np.divide(expected, found, out=factors, where=found != 0)
+    for reader, weight in zip(readers, weights, strict=True):
+        if weight.shape[0] < reader.stop or weight.shape[1:] != factors.shape:
+            return False
+        own = checkpoint_rows(reader, checkpoint, 0, len(reader))
+        stored = np.nan_to_num(weight.rows(reader.start, reader.stop))
+        if _energy_left(stored, own * factors) >= _energy_left(stored, own):
+            return False
+    return True
+
+
+def _energy_left(stored: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """What is left of the stored rows beside the nearest multiple of each expected row."""
+    import numpy as np
+
+    product = (stored * expected).sum(axis=1, dtype=np.float64)
+    square = np.square(expected).sum(axis=1, dtype=np.float64)
+    explained = np.divide(product * product, square, out=np.zeros_like(square), where=square > 0)
+    return float(np.square(stored).sum(dtype=np.float64) - explained.sum())
 
 
 def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float32]:

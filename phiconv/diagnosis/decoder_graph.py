@@ -22,7 +22,7 @@ ATTENTION_OPERATORS = frozenset({"Attention", "GroupQueryAttention", "MultiHeadA
 NORM_OPERATORS = frozenset(
     {"RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"}
 )
-LINEAR_OPERATORS = frozenset({"Gemm", "MatMul", "MatMulNBits"})
+LINEAR_OPERATORS = frozenset({"FusedMatMul", "Gemm", "MatMul", "MatMulNBits"})
 EMBEDDING_OPERATORS = frozenset({"Gather", "GatherBlockQuantized"})
 ACTIVATION_OPERATORS = frozenset(
     {"FastGelu", "Gelu", "QuickGelu", "Relu", "Sigmoid", "Silu", "Swish", "Tanh"}

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phiconv.diagnosis.block_errors import BlockErrors, expected_sqnr_db, measure
-from phiconv.diagnosis.channel_scales import fit_channel_scales
+from phiconv.diagnosis.channel_scales import fit_channel_scales, undone_in_readers
 from phiconv.diagnosis.origin import find_origin
-from phiconv.diagnosis.results import TensorError, TensorStatus, finite
+from phiconv.diagnosis.results import TensorError, TensorStatus, finite, place
 from phiconv.errors import StageError
 
 if TYPE_CHECKING:
@@ -21,10 +21,18 @@ if TYPE_CHECKING:
 
 # GPTQ, which rounds with an eye on the output, is up to about 3 dB noisier than plain rounding.
 MARGIN_DB = 6.0
+# Plain rounding stays within this of what a sample of rows expects; a weight that does not may
+# have been rescaled by little.
+_PLAIN_DB = 1.0
 # Floats: bf16 has about 56 dB, and anything that good came from the right weight.
 FLOAT_DB = 40.0
 # Below this a weight has nothing to do with the checkpoint's.
 WRONG_DB = 3.0
+# What reads a norm's output.
+_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 # A few bad blocks are a corruption, many are a wrong weight.
 _FEW_BLOCKS = 0.5
 # How many wrong weights are searched for what they hold instead.
@@ -84,7 +92,8 @@ def tensor_error(part: WeightPart, checkpoint: Checkpoint) -> TensorError:
     if not errors.finite:
         return replace(found, status="not finite", detail="it holds NaN or infinity")
     status = _status(errors, expected, weight)
-    if status == "ok":
+    plain = not weight.format.quantized or errors.sqnr_db > expected - _PLAIN_DB
+    if status == "ok" and plain:
         return found
     return _rescaled(found, part, weight, checkpoint) or replace(
         found, status=status, detail=_worst(errors)
@@ -112,7 +121,8 @@ def _rescaled(
         return None
     errors = measure(part, weight, checkpoint, scales)
     expected = math.inf if found.expected_db is None else found.expected_db
-    if _status(errors, expected, weight) != "ok":
+    before = -math.inf if found.sqnr_db is None else found.sqnr_db
+    if _status(errors, expected, weight) != "ok" or errors.sqnr_db < before + _PLAIN_DB:
         return None
     detail = "rescaled channel by channel, as AWQ does; the figure is without the scales"
     return replace(found, status="rescaled", sqnr_db=finite(errors.sqnr_db), detail=detail)
@@ -133,7 +143,7 @@ def _explained(
     errors: Sequence[TensorError], parts: Sequence[WeightPart], checkpoint: Checkpoint
 ) -> list[TensorError]:
     """Says of the first few wrong weights what they hold instead."""
-    explained = _norms_of_rescaled(list(errors))
+    explained = _without_rescaled_norms(errors, parts, checkpoint)
     wrong = [i for i, error in enumerate(explained) if error.status in ("wrong", "low")]
     holds: dict[str, str] = {}
     for index in wrong[:_EXPLAINED]:
@@ -150,19 +160,21 @@ def _explained(
     return explained
 
 
-def _norms_of_rescaled(errors: list[TensorError]) -> list[TensorError]:
-    """A norm whose readers were rescaled takes the other half of their scales."""
-    readers = {"input_layernorm": "self_attn.", "post_attention_layernorm": "mlp."}
-    rescaled = {
-        (error.layer, error.component.partition(".")[0] + ".")
-        for error in errors
-        if error.status == "rescaled"
-    }
+def _without_rescaled_norms(
+    errors: Sequence[TensorError], parts: Sequence[WeightPart], checkpoint: Checkpoint
+) -> list[TensorError]:
+    """The errors, where a norm that only holds the other half of its readers' scales is none."""
+    by_place = {part.place: part for part in parts}
+
+    def undone(error: TensorError, norm: WeightPart) -> bool:
+        places = (place(error.layer, name) for name in _READERS.get(error.component, ()))
+        readers = [by_place[name] for name in places if name in by_place]
+        return undone_in_readers(norm, readers, checkpoint)
+
     detail = "rescaled with the weights that read it"
     return [
         replace(error, status="rescaled", detail=detail)
-        if error.status in ("wrong", "low", "corrupt")
-        and (error.layer, readers.get(error.component)) in rescaled
+        if error.status in ("wrong", "low", "corrupt") and undone(error, part)
         else error
-        for error in errors
+        for error, part in zip(errors, parts, strict=True)
     ]

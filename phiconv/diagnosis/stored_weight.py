@@ -141,7 +141,7 @@ def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def linear_weight(node: ir.Node) -> StoredWeight:
-    """The weight `[N, K]` of a MatMul, Gemm or MatMulNBits.
+    """The weight `[N, K]` of a MatMul, FusedMatMul, Gemm or MatMulNBits.
 
     Raises:
         StageError: It is stored in a way that is not known here.
@@ -149,7 +149,7 @@ def linear_weight(node: ir.Node) -> StoredWeight:
     if node.op_type == "MatMulNBits":
         return _matmul_nbits(node)
     weight = _evaluate(node.inputs[1], str(node.name))
-    transposed = node.op_type == "Gemm" and "transB" in node.attributes
+    transposed = node.op_type in ("FusedMatMul", "Gemm") and "transB" in node.attributes
     if transposed and node.attributes["transB"].as_int():
         return weight
     return _transposed(weight, str(node.name))

@@ -224,6 +224,38 @@ def test_channel_scales_are_no_fault(checkpoint: Checkpoint, int4: bool) -> None
         assert found[0].sqnr_db == pytest.approx(expected, abs=2)
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.05, 0.2])
+def test_small_channel_scales_are_no_fault_either(checkpoint: Checkpoint, spread: float) -> None:
+    """Scales that hide in the rounding of the weights show in the norm in front."""
+    columns = np.exp(RNG.standard_normal(128) * spread).astype(np.float32)
+    norm, *readers = errors(
+        checkpoint,
+        part(NORM, dense(rows_of(checkpoint, NORM) / columns)),
+        *(
+            part(reader, quantized(rows_of(checkpoint, reader) * columns, 4, 32, True))
+            for reader in (Q_PROJ, K_PROJ)
+        ),
+    )
+    assert norm.status == "rescaled"
+    for found in readers:
+        assert found.sqnr_db is not None and found.expected_db is not None
+        assert found.sqnr_db > found.expected_db - 1.1
+        assert not found.is_fault
+
+
+def test_a_norm_that_its_readers_do_not_undo_is_a_fault(checkpoint: Checkpoint) -> None:
+    columns = np.exp(RNG.standard_normal(128) / 3).astype(np.float32)
+    q = quantized(rows_of(checkpoint, Q_PROJ) * columns, 4, 32, True)
+    right = part(NORM, dense(rows_of(checkpoint, NORM) / columns))
+    for wrong in (rows_of(checkpoint, NORM) * columns, rows_of(checkpoint, NORM) / columns[::-1]):
+        norm, reader = errors(checkpoint, part(NORM, dense(wrong)), part(Q_PROJ, q))
+        assert norm.is_fault
+        assert reader.status == "rescaled"
+    assert errors(checkpoint, right, part(Q_PROJ, q))[0].status == "rescaled"
+    (alone,) = errors(checkpoint, right)
+    assert alone.is_fault
+
+
 def test_a_fault_in_a_rescaled_weight_is_seen(checkpoint: Checkpoint) -> None:
     columns = np.exp(RNG.standard_normal(128) / 3).astype(np.float32)
     changed = rows_of(checkpoint, UP_PROJ) * columns
