@@ -9,6 +9,7 @@ from typing import Any
 from phiconv.checkpoint.config_keys import ConfigKeys
 from phiconv.checkpoint.problems import combined
 from phiconv.checkpoint.rope import RopeParameters, RopeScaling, check_rotary_dim, read_rope
+from phiconv.checkpoint.stored_quantization import StoredQuantization, read_quantization
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -64,6 +65,7 @@ class ModelConfig:
         pad_token_id: Padding token.
         hidden_act: The MLP's activation function.
         attention_bias: Always False: transformers' Phi-3 has no biases.
+        quantization: How the weights are quantized already; None where they are not.
     """
 
     architecture: str
@@ -88,6 +90,7 @@ class ModelConfig:
     pad_token_id: int | None
     hidden_act: str
     attention_bias: bool
+    quantization: StoredQuantization | None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> ModelConfig:
@@ -98,8 +101,9 @@ class ModelConfig:
             where: The file, for error messages.
 
         Raises:
-            CheckpointError: The architecture is not supported, the checkpoint is quantized, or
-                keys are missing, of the wrong type or contradict each other. All are reported.
+            CheckpointError: The architecture is not supported, the checkpoint is quantized in a
+                way that is not read, or keys are missing, of the wrong type or contradict each
+                other. All are reported.
         """
         keys = ConfigKeys(raw, where)
         _refuse_unsupported(keys, raw)
@@ -161,12 +165,6 @@ def _refuse_unsupported(keys: ConfigKeys, raw: Mapping[str, Any]) -> None:
         )
     elif raw.get("model_type", "phi3") != "phi3":
         keys.refuse("model_type", f"must be 'phi3', not {raw['model_type']!r}")
-    if keys.present("quantization_config"):
-        keys.refuse(
-            "quantization_config",
-            "is present: quantized checkpoints are not supported",
-            "use the checkpoint in its original bf16, fp16 or fp32 form",
-        )
     for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
         if keys.flag(bias, False):
             keys.refuse(bias, "is true, but Phi3ForCausalLM has no biases")
@@ -201,6 +199,7 @@ def _read(cls: type[ModelConfig], keys: ConfigKeys) -> ModelConfig:
         pad_token_id=keys.optional_integer("pad_token_id", 32000, minimum=0),
         hidden_act=keys.text("hidden_act", "silu"),
         attention_bias=False,
+        quantization=read_quantization(keys),
     )
     if not keys.errors:
         _check_consistency(keys, config, rope)

@@ -13,9 +13,10 @@ from phiconv.checkpoint.config import EMBEDDING, LM_HEAD, ModelConfig
 from phiconv.checkpoint.digests import DigestCache, OnBytes, digest_files, file_size
 from phiconv.checkpoint.folder import CONFIG, member, shaping_files
 from phiconv.checkpoint.json_object import read_json_object
+from phiconv.checkpoint.packed import PackedWeights
 from phiconv.checkpoint.problems import NAMES_SHOWN, attempt, combined, name_list
-from phiconv.checkpoint.safetensors_file import StoredDtype, TensorInfo
-from phiconv.checkpoint.weights import open_weights
+from phiconv.checkpoint.safetensors_file import FLOATS, NUMBERS, StoredDtype, TensorInfo
+from phiconv.checkpoint.weights import Weights, open_weights
 from phiconv.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Checkpoint:
         files: The names of config, tokenizer, generation config, chat template and licence files
             present, sorted.
         weight_files: The names of the safetensors files, sorted.
-        rounded: Weights that are integer codes already: none.
+        rounded: The weights that are integer codes already, in a quantized checkpoint. They are
+            among `tensors` too, as float32.
 
     Raises:
         CheckpointError: The checkpoint is incomplete, broken or unsupported. Everything that
@@ -72,22 +74,29 @@ class Checkpoint:
         if raw_config is not None:
             where = str(self.path / CONFIG)
             config = attempt(errors, ModelConfig.from_dict, raw_config, where)
-        weights = attempt(errors, open_weights, self.path, names)
+        plain = config is not None and config.quantization is None
+        weights = attempt(errors, open_weights, self.path, names, FLOATS if plain else NUMBERS)
         for name in self.files:
             if name != CONFIG:
                 attempt(errors, member, self.path, name)
+        packed, tensors = None, weights.tensors if weights else {}
         if config and weights:
-            errors.extend(_check_tensors(config, weights.tensors, str(self.path)))
+            packed = attempt(errors, _open_packed, config, weights, self.path)
+            if packed is not None:
+                tensors = packed.in_place_of_parts(tensors)
+            if plain or packed is not None:
+                errors.extend(_check_tensors(config, tensors, str(self.path)))
         if errors or raw_config is None or config is None or weights is None:
             raise combined(errors)
         self.raw_config: dict[str, Any] = raw_config
         self.config: ModelConfig = config
-        self.tensors: Mapping[str, TensorInfo] = weights.tensors
+        self.tensors: Mapping[str, TensorInfo] = tensors
         self.weight_files: tuple[str, ...] = tuple(weights.files)
         self._weights = weights.files
         self._digest_cache = digest_cache
         self._digests: dict[str, str] | None = None
-        self.rounded: RoundedWeights | None = None
+        self.rounded: RoundedWeights | None = packed
+        self._packed = packed
 
     @property
     def nbytes(self) -> int:
@@ -127,6 +136,8 @@ class Checkpoint:
             CheckpointError: There is no such tensor, or its file was changed since it was opened.
         """
         info = self._info(name)
+        if self._packed is not None and name in self._packed.tensors:
+            return self._packed.read_dense(name, 0, info.shape[0])
         return self._weights[info.file].read_items(info, 0, info.shape)
 
     def read_rows(
@@ -149,7 +160,10 @@ class Checkpoint:
             IndexError: The tensor has no such rows.
             ValueError: `out` does not fit.
         """
-        return self._weights[self._info(name).file].read_rows(name, start, stop, out)
+        file = self._weights[self._info(name).file]
+        if self._packed is not None and name in self._packed.tensors:
+            return self._packed.read_dense(name, start, stop, out)
+        return file.read_rows(name, start, stop, out)
 
     def hash_files(
         self, *, threads: int | None = None, on_bytes: OnBytes | None = None
@@ -204,6 +218,21 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"there is no tensor {name!r}", where=str(self.path)) from None
+
+
+def _open_packed(config: ModelConfig, weights: Weights, path: Path) -> PackedWeights | None:
+    """The weights that are stored as integers; None where none are.
+
+    Raises:
+        CheckpointError: As `PackedWeights`.
+    """
+    if config.quantization is None:
+        return None
+    head = {LM_HEAD: (config.vocab_size, config.hidden_size)}
+    shapes = config.expected_tensors() | head
+    del shapes[EMBEDDING]
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    return PackedWeights(config.quantization, weights.files, matrices, path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

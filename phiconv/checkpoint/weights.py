@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from phiconv.checkpoint.folder import is_relative_name, member
 from phiconv.checkpoint.json_object import read_json_object
 from phiconv.checkpoint.problems import attempt, combined, name_list
-from phiconv.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+from phiconv.checkpoint.safetensors_file import (
+    FLOATS,
+    SafetensorsFile,
+    StoredDtype,
+    TensorInfo,
+)
 from phiconv.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+Dtypes: TypeAlias = Mapping[str, tuple[StoredDtype, int]]
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -32,7 +39,7 @@ class Weights:
     tensors: Mapping[str, TensorInfo]
 
 
-def open_weights(folder: Path, names: Iterable[str]) -> Weights:
+def open_weights(folder: Path, names: Iterable[str], dtypes: Dtypes = FLOATS) -> Weights:
     """Opens the weight files of a folder and checks them against their index.
 
     As in transformers, `model.safetensors` goes before an index.
@@ -40,6 +47,8 @@ def open_weights(folder: Path, names: Iterable[str]) -> Weights:
     Args:
         folder: The checkpoint's folder.
         names: The names of the files in it.
+        dtypes: What their tensors may be stored as: `FLOATS`, or `NUMBERS` where weights are
+            quantized.
 
     Raises:
         CheckpointError: There are none, or one is missing, broken, outside the folder, or not
@@ -47,7 +56,7 @@ def open_weights(folder: Path, names: Iterable[str]) -> Weights:
     """
     names = frozenset(names)
     if SINGLE_FILE in names:
-        file = _open_file(folder, SINGLE_FILE)
+        file = _open_file(folder, SINGLE_FILE, dtypes)
         return Weights({SINGLE_FILE: file}, file.tensors)
     if INDEX_FILE not in names:
         raise no_weights(names, str(folder))
@@ -55,7 +64,7 @@ def open_weights(folder: Path, names: Iterable[str]) -> Weights:
     files: dict[str, SafetensorsFile] = {}
     errors: list[CheckpointError] = []
     for name in sorted(set(weight_map.values())):
-        shard = attempt(errors, _open_file, folder, name)
+        shard = attempt(errors, _open_file, folder, name, dtypes)
         if shard is not None:
             files[name] = shard
     errors.extend(_check_index(weight_map, files, str(folder / INDEX_FILE)))
@@ -113,8 +122,8 @@ def no_weights(names: Iterable[str], where: str) -> CheckpointError:
     )
 
 
-def _open_file(folder: Path, name: str) -> SafetensorsFile:
-    return SafetensorsFile(member(folder, name), name)
+def _open_file(folder: Path, name: str, dtypes: Dtypes) -> SafetensorsFile:
+    return SafetensorsFile(member(folder, name), name, dtypes)
 
 
 def _check_index(

@@ -270,6 +270,9 @@ def _hugging_face_config(checkpoint: Checkpoint) -> Any:
 
     path = str(checkpoint.path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if checkpoint.config.quantization is not None:
+        # The builder would look for packed weights itself; it is given places for floats.
+        del config.quantization_config
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "rope_type" in rope:
         # transformers 5 writes only `rope_type`; the builder reads `type` as well.

@@ -184,7 +184,7 @@ def _structure(model: ir.Model) -> list[bytes]:
         for name, value in sorted(graph.initializers.items())
     ]
     kept = {key: text for key, text in model.metadata_props.items() if key != "olive_version"}
-    protos = [
+    protos: list[Any] = [
         *(ir.serde.serialize_value(value) for value in (*graph.inputs, *graph.outputs)),
         *(ir.serde.serialize_node(node) for node in graph),
     ]

@@ -18,7 +18,7 @@ from phiconv.onnx.weights import Blockwise, Dense, Packed, Part, Quantization, S
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from phiconv.checkpoint.weight_source import Grid
+    from phiconv.checkpoint.weight_source import Grid, WeightSource
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,49 @@ def quantize_graph(
     return done
 
 
-def _describe(name: str, expr: Dense, op_type: str) -> WeightInfo:
+def take_codes(graph: OnnxGraph, source: WeightSource) -> int:
+    """Replace the weights that a source has as integer codes by just these, in place.
+
+    Returns:
+        How many weights these are.
+    """
+    known = source.rounded.tensors if source.rounded is not None else {}
+
+    def choose(weight: WeightInfo) -> Target | None:
+        grids = {known.get(tensor) for tensor in weight.tensors}
+        grid = grids.pop() if len(grids) == 1 else None
+        if grid is None or weight.role == "embedding":
+            return None
+        return Target(grid.bits, grid.group_size, grid.symmetric, "none", 0)
+
+    return len(quantize_graph(graph, choose, known)) if known else 0
+
+
+def set_accuracy_levels(graph: OnnxGraph, choose: Callable[[WeightInfo, Grid], int]) -> None:
+    """Set the attribute accuracy_level of the weights that are copied from codes.
+
+    Args:
+        graph: A lazy graph.
+        choose: Returns the level of a weight on a grid; 0 leaves the attribute out.
+    """
+    import onnx_ir as ir
+
+    from phiconv.checkpoint.weight_source import Grid
+
+    for node in graph.model.graph:
+        weight = node.inputs[1] if node.op_type == "MatMulNBits" else None
+        expr = graph.weights.get(weight.name or "") if weight is not None else None
+        if not isinstance(expr, Packed):
+            continue
+        q = expr.quantization
+        info = _describe(expr.group, expr, "MatMul")
+        level = choose(info, Grid(q.bits, q.block_size, q.symmetric))
+        node.attributes.pop("accuracy_level", None)
+        if level:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+
+
+def _describe(name: str, expr: Dense | Packed, op_type: str) -> WeightInfo:
     role = "body"
     if op_type == "Gather":
         role = "embedding"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from phiconv.errors import PhiconvError
+from phiconv.errors import PhiconvError, RecipeError
 from phiconv.stages.stage import JSON, ONNX_GRAPH, Requirement, StageContext
 
 if TYPE_CHECKING:
@@ -39,7 +39,15 @@ class Cast:
         return ("onnx-ir",)
 
     def check(self, params: CastParams, config: ModelConfig) -> list[PhiconvError]:
-        return []
+        if config.quantization is None:
+            return []
+        return [
+            RecipeError(
+                "the checkpoint is quantized already: its graph cannot be cast",
+                where="cast",
+                remedy="export for cuda or dml, whose graphs are fp16 from the start",
+            )
+        ]
 
     def key_params(self, params: CastParams) -> dict[str, JSON]:
         return {"to": params.to, "overflow": params.overflow}

@@ -37,7 +37,11 @@ class ExportOnnxParams(BaseModel):
 
 
 class ExportOnnx:
-    """Lays out the graph; reads no weight data."""
+    """Lays out the graph; reads no weight data.
+
+    The weights of a quantized checkpoint (AutoAWQ, GPTQ) become MatMulNBits at once, whose integers
+    are the checkpoint's own.
+    """
 
     name: ClassVar[str] = "export-onnx"
     version: ClassVar[int] = 1
@@ -79,6 +83,7 @@ class ExportOnnx:
     def run(self, params: ExportOnnxParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.onnx.builder import build_graph
         from phiconv.onnx.graph import GENAI_FOLDER
+        from phiconv.onnx.quantize import take_codes
 
         graph = build_graph(
             ctx.checkpoint,
@@ -86,5 +91,9 @@ class ExportOnnx:
             precision=params.resolved_precision(),
             genai=ctx.out / GENAI_FOLDER,
         )
+        copied = take_codes(graph, ctx.checkpoint)
         graph.save(ctx.out)
-        return {"nodes": len(graph.model.graph), "weights": len(graph.weights)}
+        facts: dict[str, JSON] = {"nodes": len(graph.model.graph), "weights": len(graph.weights)}
+        if copied:
+            facts["copied_weights"] = copied
+        return facts

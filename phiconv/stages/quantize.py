@@ -83,7 +83,9 @@ class Quantize:
     """Rewrites the graph; the integers are computed when the model is written.
 
     With an overlay the weights are read through it. What the overlay has for its own grid only,
-    clip limits and codes, does not apply to weights that an override gives another format.
+    clip limits and codes, does not apply to weights that an override gives another format. Weights
+    that a quantized checkpoint has as integers stay as they are: what is set here is for the
+    others, but accuracy_level for all.
     """
 
     name: ClassVar[str] = "quantize"
@@ -97,19 +99,21 @@ class Quantize:
         return ("onnx-ir",)
 
     def check(self, params: QuantizeParams, config: ModelConfig) -> list[PhiconvError]:
+        errors = _stored_otherwise(params, config)
         settings = params.embedding
         if settings is None or settings.keep_float:
-            return []
+            return errors
         block_size = settings.block_size or params.block_size
         if config.hidden_size % block_size == 0:
-            return []
+            return errors
         return [
+            *errors,
             RecipeError(
                 f"the embedding's width {config.hidden_size} is not a multiple of block_size "
                 f"{block_size}",
                 where="quantize: embedding.block_size",
                 remedy="choose a block_size that divides it, or leave embedding out",
-            )
+            ),
         ]
 
     def check_fit(
@@ -143,21 +147,26 @@ class Quantize:
 
     def run(self, params: QuantizeParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.onnx.graph import OnnxGraph
-        from phiconv.onnx.quantize import quantize_graph
+        from phiconv.onnx.quantize import quantize_graph, set_accuracy_levels
 
-        unused = set(params.overrides)
+        unused: set[Override | None] = {*params.overrides}
 
         def choose(weight: WeightInfo) -> Target | None:
             override = _first_match(params.overrides, weight)
-            if override is not None:
-                unused.discard(override)
+            unused.discard(override)
             return _target(params, override, weight.role)
+
+        def keep(weight: WeightInfo, grid: Grid) -> int:
+            override = _first_match(params.overrides, weight)
+            unused.discard(override)
+            return _level(params, override, weight, grid)
 
         graph = OnnxGraph.load(ctx.input(ONNX_GRAPH).path)
         rounded = _take_overlay(graph, params, ctx)
+        set_accuracy_levels(graph, keep)
         done = quantize_graph(graph, choose, rounded)
         if unused:
-            patterns = ", ".join(sorted(override.match for override in unused))
+            patterns = ", ".join(sorted(override.match for override in unused if override))
             raise StageError(
                 f"no weight matches the override {patterns}",
                 where="quantize: overrides",
@@ -196,6 +205,49 @@ def _take_overlay(
                 remedy="set bits, block_size and symmetric as the overlay has them",
             )
     return source.rounded.tensors if source.rounded is not None else {}
+
+
+def _stored_otherwise(params: QuantizeParams, config: ModelConfig) -> list[PhiconvError]:
+    """Wishes, spelled out in the recipe, that the weights of a quantized checkpoint do not meet."""
+    stored = config.quantization
+    if stored is None or stored.varies or stored.group_size < 0:
+        return []
+    found = {"bits": stored.bits, "block_size": stored.group_size, "symmetric": stored.symmetric}
+    return [
+        RecipeError(
+            f"the checkpoint is quantized already, with {key} {json.dumps(value)}; it is not "
+            f"quantized again with {json.dumps(getattr(params, key))}",
+            where=f"quantize: {key}",
+            remedy=f"set {key}: {json.dumps(value)}, or leave it out and set lm_head and embedding",
+        )
+        for key, value in found.items()
+        if key in params.model_fields_set and getattr(params, key) != value
+    ]
+
+
+def _level(
+    params: QuantizeParams, override: Override | None, weight: WeightInfo, grid: Grid
+) -> int:
+    """The accuracy level of a weight whose integers stay as they are.
+
+    Raises:
+        StageError: An override wants it in another format.
+    """
+    settings: WeightParams = override or WeightParams()
+    if override is None and weight.role == "lm_head":
+        settings = params.lm_head or settings
+    wanted = (settings.bits, settings.block_size, settings.symmetric)
+    other = any(
+        ours is not None and ours != theirs for ours, theirs in zip(wanted, grid, strict=True)
+    )
+    if settings.keep_float or other:
+        raise StageError(
+            f"{weight.name} is an integer weight already, {grid.bits} bits in blocks of "
+            f"{grid.group_size}, and is not quantized again",
+            where="quantize: overrides" if override else "quantize: lm_head",
+            remedy="take the override away, or convert the model that is not quantized",
+        )
+    return params.accuracy_level if settings.accuracy_level is None else settings.accuracy_level
 
 
 def _first_match(overrides: tuple[Override, ...], weight: WeightInfo) -> Override | None:

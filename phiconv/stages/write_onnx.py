@@ -83,6 +83,9 @@ class WriteOnnx:
             head_bytes = _bytes_per_weight(quantized, quantized.lm_head, item_bytes)
             settings = quantized.embedding or WeightParams(keep_float=True)
             embedding_bytes = _bytes_per_weight(quantized, settings, item_bytes)
+        if (stored := config.quantization) is not None:
+            scale_bytes = item_bytes + stored.bits / 8
+            body_bytes = stored.bits / 8 + scale_bytes / max(stored.group_size, 16)
         total = body * body_bytes + embedding * (head_bytes + embedding_bytes)
         return Estimate(disk_bytes=int(total), ram_bytes=_RAM_BYTES)
 

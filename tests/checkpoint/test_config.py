@@ -146,7 +146,15 @@ def test_unsupported_architectures_are_named_with_the_reason(architecture, reaso
         ({"architectures": None}, "architectures is missing"),
         ({"architectures": "Phi3ForCausalLM"}, "architectures must be a list of names"),
         ({"model_type": "llama"}, "model_type must be 'phi3', not 'llama'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not support"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quantization_config.quant_method is 'bitsandbytes': of quantized checkpoints those of",
+        ),
+        ({"quantization_config": 4}, "quantization_config must be an object, not 4"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config.bits is missing",
+        ),
         ({"attention_bias": True}, "attention_bias is true, but Phi3ForCausalLM has no biases"),
         ({"lm_head_bias": True}, "lm_head_bias is true"),
         ({"vocab_size": "352"}, "vocab_size must be an integer, not '352'"),
