@@ -20,7 +20,7 @@ from threading import Lock, Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.push.xet_store import XetStore
+from tests.push.xet_store import RefusedError, XetStore
 
 WRITE, READ = "hf_may_write", "hf_may_read"
 _LARGE = 1 << 20
@@ -140,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._route(path)
         except _Answer as answer:
             return answer
+        except RefusedError as error:
+            return _refusal(400, "", str(error))
         return _refusal(404, "NotFound")
 
     def _read(self) -> bytes:
