@@ -76,17 +76,39 @@ class SafetensorsWriter:
             KeyError: The file has no such tensor.
             ValueError: Its dtype or shape is another.
         """
-        import numpy as np
-
         dtype, shape = self._tensors[name]
         if array.dtype != numpy_dtype(dtype) or array.shape != shape:
             raise ValueError(
                 f"{name} is {dtype} of shape {list(shape)}, not {array.dtype} of shape "
                 f"{list(array.shape)}"
             )
-        self._file.seek(self._data_start + self._offsets[name])
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._write(name, 0, array)
         self._missing.discard(name)
+
+    def write_rows(self, name: str, start: int, array: np.ndarray[Any, Any]) -> None:
+        """Writes rows of a tensor's first axis from `start` on; they must come in order.
+
+        Raises:
+            KeyError: The file has no such tensor.
+            ValueError: Its dtype or shape is another.
+        """
+        dtype, shape = self._tensors[name]
+        stop = start + len(array)
+        fits = array.shape[1:] == shape[1:] and stop <= shape[0]
+        if array.dtype != numpy_dtype(dtype) or not fits:
+            raise ValueError(
+                f"{name} is {dtype} of shape {list(shape)}, which {array.dtype} of shape "
+                f"{list(array.shape)} does not fit from row {start} on"
+            )
+        self._write(name, start * math.prod(shape[1:]) * array.itemsize, array)
+        if stop == shape[0]:
+            self._missing.discard(name)
+
+    def _write(self, name: str, offset: int, array: np.ndarray[Any, Any]) -> None:
+        import numpy as np
+
+        self._file.seek(self._data_start + self._offsets[name] + offset)
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self

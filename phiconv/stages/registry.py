@@ -9,6 +9,7 @@ from __future__ import annotations
 from phiconv.stages.awq import Awq
 from phiconv.stages.cast import Cast
 from phiconv.stages.convert_gguf import ConvertGguf
+from phiconv.stages.export_awq import ExportAwq
 from phiconv.stages.export_onnx import ExportOnnx
 from phiconv.stages.imatrix import Imatrix
 from phiconv.stages.length_reference import LengthReference
@@ -24,6 +25,7 @@ STAGES: dict[str, Stage] = {
     "quantize": Quantize(),
     "cast": Cast(),
     "awq": Awq(),
+    "export-awq": ExportAwq(),
     "write-onnx": WriteOnnx(),
     "olive": Olive(),
     "imatrix": Imatrix(),
