@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from phiconv import __version__, machine
 from phiconv.errors import EnvironmentLacksError, PhiconvError, Problems, RecipeError
 from phiconv.plan import Plan, Step
 from phiconv.recipe import Overrides, Recipe
+from phiconv.recipe.model import RecipeText
 from phiconv.stages.registry import STAGES
 from phiconv.stages.stage import JSON, MEASUREMENT
 
@@ -89,6 +90,12 @@ class Lock(_Written):
     checkpoint: LockedCheckpoint
     tools: dict[str, str]
     steps: dict[str, LockedStep]
+
+    @field_validator("recipe")
+    @classmethod
+    def _is_recipe(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        RecipeText.model_validate(recipe)
+        return recipe
 
     @classmethod
     def of(cls, plan: Plan) -> Lock:
@@ -261,7 +268,7 @@ class Locked:
         revision, locked = self.overrides.revision, self.lock.checkpoint.revision
         recipes = (self._locked_recipe(), self._comparable(recipe.resolved()))
         errors = self._errors(_diff(*recipes, ("recipe",)))
-        if revision is not None and revision != locked:
+        if self.overrides.model is None and revision not in (None, locked):
             found = Difference(("checkpoint", "revision"), locked, revision)
             errors += self._errors([found])
         errors += self._errors(_diff(self.lock.phiconv, __version__, ("phiconv",)))

@@ -130,6 +130,9 @@ def test_what_the_command_line_changes_is_refused_too(locked: Path, phiconv: Ter
     done = phiconv("plan", str(locked), "--locked", "--revision", "main")
     assert done.code == 2
     assert differences(done) == {"checkpoint.revision": "locked is absent, here is main"}
+    mirror = ("--model", "org/mirror", "--revision", "main")
+    done = phiconv("plan", str(locked), "--locked", *mirror)
+    assert done.code == 5, "the revision is that of the other model, which is not there"
 
 
 def test_changed_files_are_refused_together(locked: Path, phiconv: Terminal) -> None:
@@ -213,6 +216,11 @@ def test_locking_again_says_what_changed(locked: Path, phiconv: Terminal) -> Non
         (None, "there is no lock file"),
         ("{", "not a lock file of this format"),
         ('{"lock": 2}', "not a lock file of this format: lock: "),
+        (
+            '{"lock": 1, "phiconv": "0", "recipe": {"stages": [0]}, "checkpoint": '
+            '{"source": "", "revision": null, "files": {}}, "tools": {}, "steps": {}}',
+            "not a lock file of this format: recipe.",
+        ),
     ],
 )
 def test_a_missing_or_strange_lock_is_told(

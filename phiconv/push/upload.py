@@ -139,18 +139,18 @@ def push(
 
     if get_token() is None:
         raise failures.no_token(plan.target.repo_id)
-    if plan.remote.state != "there":
-        if not make:
-            raise _missing(plan)
-        note(f"making {plan.target}")
-        remote = create(plan.target, plan.remote, private=private)
-        plan = _compared(plan.folder, plan.target, remote, tuple(file for file, _ in plan.files))
     if private and plan.remote.private is False:
         raise RecipeError(
             "the repository is there already, and it is public",
             where=plan.target.repo_id,
             remedy="make it private on the Hub, or leave --private out",
         )
+    if plan.remote.state != "there":
+        if not make:
+            raise _missing(plan)
+        note(f"making {plan.target}")
+        remote = create(plan.target, plan.remote, private=private)
+        plan = _compared(plan.folder, plan.target, remote, tuple(file for file, _ in plan.files))
     if not plan.to_upload and not (delete_others and plan.others):
         commit = str(plan.remote.commit)
         url = f"{client().endpoint}/{plan.target.repo_id}/commit/{commit}"

@@ -193,6 +193,9 @@ def test_other_files_stay_unless_they_are_to_go(release: Path, hub: HubStub) -> 
 def test_nothing_public_is_made_of_what_is_private(release: Path, hub: HubStub) -> None:
     error = refusal(RecipeError, release, private=True)
     assert "it is public" in error.message
+    with pytest.raises(RecipeError, match="it is public"):
+        push(plan_push(release, Target(REPO, "v2")), make=True, private=True)
+    assert list(hub.repositories[REPO].branches) == ["main"]
     hub.repositories[REPO].private = True
     assert push(plan_push(release, Target(REPO)), private=True).new
 
