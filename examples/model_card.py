@@ -1,4 +1,4 @@
-"""The model card of examples/tiny-phi3, written from what was measured."""
+"""The model card of a checkpoint under examples/, written from what was measured."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from held_out_perplexity import WINDOW, Perplexity
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run was given and how long it took."""
+    """What a training run was given and how long it took.
 
+    Attributes:
+        windows: the window lengths trained on, in the order they were first used.
+        start_from: the example whose weights it started from; None: from nothing.
+        minutes: of wall time.
+    """
+
+    name: str
+    windows: list[int]
+    start_from: str | None
     steps: int
     tokens: int
     stream_tokens: dict[str, int]
@@ -30,9 +40,9 @@ language: en
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# tiny-phi3
+# {name}
 
-A small `Phi3ForCausalLM` of {parameters:,} parameters, trained from nothing, so that every step of
+A small `Phi3ForCausalLM` of {parameters:,} parameters, trained from {origin}, so that every step of
 phiconv can be run, measured and tested on a real checkpoint without a download. It has learned
 what Python's standard library looks like; it knows nothing and is of no use as an assistant.
 
@@ -41,7 +51,7 @@ what Python's standard library looks like; it knows nothing and is of no use as 
 | | |
 |---|---|
 {shape}
-
+{rope}
 The tokenizer is a byte-level BPE of {tokens_known:,} tokens with GPT-2's splitting pattern and
 Phi-3's special tokens; the last {padding} rows of the embedding and of the head are never used, as
 in Phi-3. The chat template is Phi-3's. Weights are stored in bf16.
@@ -61,7 +71,7 @@ that repeat passages of theirs; `examples/corpus.py` makes the split.
 ## Held-out perplexity
 
 Of this checkpoint as stored, computed in fp32 on `phiconv/data/validation.jsonl`, windows of
-{window} tokens (`python examples/held_out_perplexity.py examples/tiny-phi3
+{window} tokens (`python examples/held_out_perplexity.py examples/{name}
 phiconv/data/validation.jsonl`):
 
 | text | perplexity | predicted tokens |
@@ -70,13 +80,27 @@ phiconv/data/validation.jsonl`):
 
 ## Training
 
-    python examples/train_tiny_phi3.py --steps {steps} --threads {threads} --seed {seed}
+    python examples/train_tiny_phi3.py{model} --steps {steps} --threads {threads} --seed {seed}
 
 {steps:,} steps of 4,096 tokens ({tokens:.1f} M tokens), {minutes:.0f} minutes on {threads} CPU
-threads: AdamW with fp32 master weights and bf16 matrix products, cosine schedule, windows of 256,
-then 512, then 1,024 tokens. Versions: Python {python}, torch {torch}, transformers {transformers},
-tokenizers {tokenizers}. Another processor or version gives slightly other weights.
+threads: AdamW with fp32 master weights and bf16 matrix products, cosine schedule, windows of
+{windows} tokens. Versions: Python {python}, torch {torch},
+transformers {transformers}, tokenizers {tokenizers}. Another
+processor or version gives slightly other weights.
 """
+
+ROPE = """
+Rotary embedding: LongRoPE over {partial_rotary_factor:.0%} of each head, as in Phi-4-mini with a
+smaller context. Texts of up to {original_max_position_embeddings:,} tokens use the short factors,
+all {short:g}; longer ones the long factors, from {fastest:g} for the fastest pair to {slowest:g}
+for the slowest. Both lengths were trained.
+"""
+STARTED_FROM = (
+    "`examples/{start_from}`\n(its key and value heads averaged in pairs, its head the tied "
+    "embedding)"
+)
+# A card that was written before there was a choice of models names none.
+FIRST_MODEL = "tiny-phi3"
 
 SHAPE_ROWS = (
     "vocab_size",
@@ -103,6 +127,13 @@ def write_model_card(out: Path, training: Training, perplexity: dict[str, Perple
     with safe_open(out / "model.safetensors", "np") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
     card = CARD.format(
+        name=training.name,
+        model="" if training.name == FIRST_MODEL else f" --model {training.name}",
+        origin=STARTED_FROM.format(start_from=training.start_from)
+        if training.start_from
+        else "nothing",
+        rope=rope_paragraph(config["rope_parameters"]),
+        windows=", then ".join(f"{length:,}" for length in training.windows),
         parameters=sum(torch.Size(shape).numel() for shape in shapes),
         shape="\n".join(f"| {key} | {config[key]} |" for key in SHAPE_ROWS),
         tokens_known=vocabulary,
@@ -126,3 +157,11 @@ def write_model_card(out: Path, training: Training, perplexity: dict[str, Perple
         tokenizers=tokenizers.__version__,
     )
     (out / "README.md").write_text(card, encoding="utf-8", newline="\n")
+
+
+def rope_paragraph(rope: dict[str, Any]) -> str:
+    """What the card says of LongRoPE; nothing of plain rotary embedding."""
+    if rope["rope_type"] != "longrope":
+        return ""
+    factors = {"short": rope["short_factor"][0], "fastest": rope["long_factor"][0]}
+    return ROPE.format(**rope, **factors, slowest=rope["long_factor"][-1])

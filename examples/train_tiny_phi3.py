@@ -1,6 +1,7 @@
-"""Trains examples/tiny-phi3, a small Phi-3 of the real architecture, on texts of Python itself.
+"""Trains the small Phi-3s of examples/, of the real architecture, on texts of Python itself.
 
-python examples/train_tiny_phi3.py --out examples/tiny-phi3
+python examples/train_tiny_phi3.py --model tiny-phi3
+python examples/train_tiny_phi3.py --model tiny-phi4-mini
 
 Everything is seeded; the same versions, thread count and processor give the same weights. The
 master weights are fp32, matrix products run in bf16, and the checkpoint is stored in bf16 and
@@ -22,6 +23,8 @@ from chat_samples import CHAT_TEMPLATE, conversations
 from corpus import Corpus, collect, docstrings, is_test
 from held_out_perplexity import Perplexity, by_kind
 from model_card import Training, write_model_card
+from tiny_models import TINY_MODELS, TinyModel
+from warm_start import start_from
 
 if TYPE_CHECKING:
     import torch
@@ -38,29 +41,9 @@ FIRST_SPECIAL = ("<unk>", "<s>", "</s>")
 LAST_SPECIAL = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 KEEP_WHITE_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 LEARNED_VOCABULARY = 3_500
-# No other width of the model, and a few rows more than the tokenizer uses, as in Phi-3.
-VOCABULARY = 3_520
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 1_024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4_096,
-    "original_max_position_embeddings": 4_096,
-    "sliding_window": 2_047,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-    "tie_word_embeddings": False,
-}
 # Share of the windows drawn from each part of the training text.
 MIXTURE = {"library": 0.54, "tests": 0.20, "prose": 0.12, "chat": 0.14}
 TOKENS_PER_STEP = 4_096
-# (until this share of the run, window length): long windows last, so that positions beyond the
-# first few hundred are trained without paying for them throughout.
-WINDOWS = ((0.55, 256), (0.85, 512), (1.0, 1_024))
-PEAK_LEARNING_RATE = 2e-3
 FINAL_LEARNING_RATE = 0.03  # of the peak
 WARM_UP = 0.03
 WEIGHT_DECAY = 0.1
@@ -105,7 +88,7 @@ def train_tokenizer(corpus: Corpus) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, context: int, out: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and the chat template.
 
     The class is named GPT2Tokenizer, which is what this tokenizer is, because transformers and
@@ -119,7 +102,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         unk_token="<unk>",
-        model_max_length=SHAPE["max_position_embeddings"],
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(out)
@@ -168,27 +151,30 @@ def draw_windows(
     return torch.from_numpy(np.stack(rows))
 
 
-def learning_rate(progress: float) -> float:
+def learning_rate(peak: float, progress: float) -> float:
     """Linear warm-up, then a cosine down to ``FINAL_LEARNING_RATE`` of the peak."""
     if progress < WARM_UP:
-        return PEAK_LEARNING_RATE * progress / WARM_UP
+        return peak * progress / WARM_UP
     cosine = 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-    return PEAK_LEARNING_RATE * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
+    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 
 
-def new_model(tokenizer: Tokenizer, seed: int) -> Phi3ForCausalLM:
-    """An untrained fp32 model of ``SHAPE``."""
+def new_model(tiny: TinyModel, tokenizer: Tokenizer, seed: int) -> Phi3ForCausalLM:
+    """An fp32 model of ``tiny.shape``, untrained or with another example's weights."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(seed)
     config = Phi3Config(
-        **SHAPE,
+        **tiny.shape,
         bos_token_id=tokenizer.token_to_id("<s>"),
         eos_token_id=tokenizer.token_to_id("<|endoftext|>"),
         pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
     )
-    return Phi3ForCausalLM(config)
+    model = Phi3ForCausalLM(config)
+    if tiny.start_from is not None:
+        start_from(model, HERE / tiny.start_from)
+    return model
 
 
 def new_optimizer(model: Phi3ForCausalLM) -> torch.optim.AdamW:
@@ -201,7 +187,7 @@ def new_optimizer(model: Phi3ForCausalLM) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def next_token_loss(model: Phi3ForCausalLM, windows: torch.Tensor) -> torch.Tensor:
@@ -213,7 +199,13 @@ def next_token_loss(model: Phi3ForCausalLM, windows: torch.Tensor) -> torch.Tens
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
-def train(model: Phi3ForCausalLM, streams: dict[str, Tokens], budget: Budget, seed: int) -> int:
+def train(
+    model: Phi3ForCausalLM,
+    tiny: TinyModel,
+    streams: dict[str, Tokens],
+    budget: Budget,
+    seed: int,
+) -> int:
     """Trains in place, logging every hundred steps; returns the number of steps taken."""
     import torch
 
@@ -224,9 +216,10 @@ def train(model: Phi3ForCausalLM, streams: dict[str, Tokens], budget: Budget, se
     losses: list[float] = []
     step = 0
     while (progress := budget.progress(step, started)) < 1:
-        length = next(length for until, length in WINDOWS if progress < until)
+        lengths = next(lengths for until, lengths in tiny.windows if progress < until)
+        length = lengths[step % len(lengths)]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress)
+            group["lr"] = learning_rate(tiny.peak_learning_rate, progress)
         loss = next_token_loss(model, draw_windows(streams, length, generator))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
@@ -261,41 +254,58 @@ def measure(out: Path) -> dict[str, Perplexity]:
     return by_kind(out, DATA / "validation.jsonl")
 
 
+def tokenizer_of(tiny: TinyModel, corpus: Corpus) -> Tokenizer:
+    """The tokenizer of the example that training starts from, or one learned from the text."""
+    if tiny.start_from is None:
+        return train_tokenizer(corpus)
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(HERE / tiny.start_from / "tokenizer.json"))
+
+
 @click.command
-@click.option("--out", type=click.Path(path_type=Path), default=HERE / "tiny-phi3")
-@click.option("--steps", default=3_600, show_default=True, help="Steps of 4096 tokens.")
+@click.option("--model", "name", type=click.Choice(list(TINY_MODELS)), default="tiny-phi3")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: examples/MODEL.")
+@click.option("--steps", type=int, help="Steps of 4096 tokens; default: as many as the model's.")
 @click.option("--minutes", type=float, help="Train this long instead; not reproducible.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, steps: int, minutes: float | None, threads: int, seed: int) -> None:
-    """Train a tokenizer and a small Phi-3 on texts of Python itself, and measure the result."""
+def main(
+    name: str, out: Path | None, steps: int | None, minutes: float | None, threads: int, seed: int
+) -> None:
+    """Train a small Phi-3 on texts of Python itself, and measure the result."""
     import torch
 
     torch.set_num_threads(threads)
     started = time.monotonic()
+    tiny = TINY_MODELS[name]
+    out = out or HERE / name
     corpus = collect()
-    tokenizer = train_tokenizer(corpus)
+    tokenizer = tokenizer_of(tiny, corpus)
     streams = token_streams(corpus, tokenizer)
-    for name, stream in streams.items():
-        click.echo(f"{name}: {len(stream)} tokens, {MIXTURE[name]:.0%} of the windows")
-    model = new_model(tokenizer, seed)
+    for part, stream in streams.items():
+        click.echo(f"{part}: {len(stream)} tokens, {MIXTURE[part]:.0%} of the windows")
+    model = new_model(tiny, tokenizer, seed)
     out.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, out)
-    taken = train(model, streams, Budget(steps, minutes), seed)
+    save_tokenizer(tokenizer, tiny.shape["max_position_embeddings"], out)
+    taken = train(model, tiny, streams, Budget(steps or tiny.steps, minutes), seed)
     save_model(model, tokenizer, out)
     perplexity = measure(out)
     training = Training(
+        name=name,
+        windows=[length for _, lengths in tiny.windows for length in lengths],
+        start_from=tiny.start_from,
         steps=taken,
         tokens=taken * TOKENS_PER_STEP,
-        stream_tokens={name: len(stream) for name, stream in streams.items()},
+        stream_tokens={part: len(stream) for part, stream in streams.items()},
         mixture=MIXTURE,
         minutes=(time.monotonic() - started) / 60,
         threads=threads,
         seed=seed,
     )
     write_model_card(out, training, perplexity)
-    for name, value in perplexity.items():
-        click.echo(f"held-out perplexity, {name}: {value.value:.3f} on {value.tokens} tokens")
+    for kind, value in perplexity.items():
+        click.echo(f"held-out perplexity, {kind}: {value.value:.3f} on {value.tokens} tokens")
 
 
 if __name__ == "__main__":
