@@ -180,15 +180,16 @@ def _inspect_onnx(folder: Path, file: Path) -> OnnxSummary:
 
 
 def _weights(model: ir.Model) -> tuple[TensorKindRecord, ...]:
-    """Sums up initializers by what they are and how they are stored; each counts once."""
+    """Sums up initializers by what they are and how they are stored; stored once, counted once."""
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    counted: set[str] = set()
+    counted: set[object] = set()
     for node in model.graph.all_nodes():
         quantized = node.op_type in _QUANTIZED
         for name, tensor in _initializers(node):
-            if name in counted:
+            place = _place(name, tensor)
+            if place in counted:
                 continue
-            counted.add(name)
+            counted.add(place)
             layout = _quantized_format(node) if quantized else _dtype_name(tensor)
             total = sums[_kind(name, node), layout]
             total[0] += _parameters(node, name, tensor) if quantized else tensor.size
@@ -199,6 +200,15 @@ def _weights(model: ir.Model) -> tuple[TensorKindRecord, ...]:
             sums.items(), key=lambda item: (-item[1][1], item[0])
         )
     )
+
+
+def _place(name: str, tensor: ir.TensorProtocol) -> object:
+    """Where the data lies: two initializers can have one place in the data file."""
+    import onnx_ir as ir
+
+    if isinstance(tensor, ir.ExternalTensor):
+        return str(tensor.location), tensor.offset, tensor.length
+    return name
 
 
 def _initializers(node: ir.Node) -> Iterator[tuple[str, ir.TensorProtocol]]:

@@ -155,9 +155,7 @@ def test_every_way_to_store_a_member_is_the_same_model(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("name", FAMILY)
-def test_logits_at_every_length(
-    name: str, format_name: str, models: Any, tmp_path: Path
-) -> None:
+def test_logits_at_every_length(name: str, format_name: str, models: Any, tmp_path: Path) -> None:
     provider, precision, target = FORMATS[format_name]
     if provider == "gguf" and machine.llama_cpp_binding() is None:
         pytest.skip("no package that carries llama.cpp is installed")

@@ -9,7 +9,7 @@ The bytes depend on the graph and the checkpoint alone, not on threads or timing
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from phiconv.errors import ExportError, StageError
 from phiconv.kernels import floats, matmulnbits
 from phiconv.onnx.data_layout import lay_out
 from phiconv.onnx.graph import DATA_FILE, OnnxGraph
+from phiconv.onnx.tied import same_bytes, share_float_head
 from phiconv.onnx.weights import (
     Blockwise,
     Dense,
@@ -74,6 +75,8 @@ def write_model(
 ) -> Written:
     """Write ``model.onnx`` and ``model.onnx.data`` into an existing folder.
 
+    Weights that are the same bytes are stored once, see `phiconv.onnx.tied`.
+
     Args:
         graph: The lazy graph; its placeholders are replaced by external tensors.
         checkpoint: Where the rows come from.
@@ -88,7 +91,9 @@ def write_model(
     """
     import onnx_ir as ir
 
-    lengths, constants = _external_tensors(graph)
+    share_float_head(graph)
+    shared = same_bytes(graph)
+    lengths, constants = _external_tensors(graph, shared)
     regions = lay_out(lengths)
     jobs = list(_jobs(graph, checkpoint, regions))
     progress.start(sum(job.source_bytes for job in jobs), "bytes")
@@ -101,7 +106,7 @@ def write_model(
         _run(jobs, work, data, threads)
         work.raise_findings()
         digest = data.sha256()
-    _point_to_data(graph.model, regions)
+    _point_to_data(graph.model, regions | {name: regions[shared[name]] for name in shared})
     proto = ir.serde.serialize_model(graph.model)
     (folder / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
     return Written(digest, data.size, sum(job.source_bytes for job in jobs), len(regions))
@@ -300,7 +305,9 @@ class _PackedJob(_QuantizedJob):
             work.note_unusable(self._names(), floats.Scan(finite=True, max_abs=float("inf")))
 
 
-def _external_tensors(graph: OnnxGraph) -> tuple[dict[str, int], dict[str, ir.TensorProtocol]]:
+def _external_tensors(
+    graph: OnnxGraph, shared: Mapping[str, str]
+) -> tuple[dict[str, int], dict[str, ir.TensorProtocol]]:
     """Byte length by name of what goes to the data file, and the constants among it."""
     lengths: dict[str, int] = {}
     constants: dict[str, ir.TensorProtocol] = {}
@@ -309,7 +316,8 @@ def _external_tensors(graph: OnnxGraph) -> tuple[dict[str, int], dict[str, ir.Te
         if tensor is None:
             raise ExportError(f"initializer {name} has neither data nor a weight expression")
         if name in graph.weights:
-            lengths[name] = tensor.nbytes
+            if name not in shared:
+                lengths[name] = tensor.nbytes
         elif tensor.nbytes > INLINE_BYTES:
             lengths[name] = tensor.nbytes
             constants[name] = tensor
@@ -320,9 +328,9 @@ def _jobs(graph: OnnxGraph, source: WeightSource, regions: dict[str, Region]) ->
     """Jobs in the order of the data file, so that its digest can follow closely."""
     groups: dict[str, dict[Part, Region]] = {}
     for name, expr in graph.weights.items():
-        if isinstance(expr, Blockwise | Packed):
+        if isinstance(expr, Blockwise | Packed) and name in regions:
             groups.setdefault(expr.group, {})[expr.part] = regions[name]
-    for name in graph.model.graph.initializers:
+    for name in regions:
         match graph.weights.get(name):
             case Dense() as dense:
                 yield from _dense_jobs(graph, source, name, dense, regions[name])
