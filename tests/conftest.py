@@ -42,3 +42,35 @@ def phiconv(
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)  # it adds lines for annotations
     yield Terminal(capsys)
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="session")
+def release_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of the builds that are released."""
+    return tmp_path_factory.mktemp("release-home")
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory, release_home: Path) -> dict[str, Path]:
+    """The outputs of three recipes, by recipe; fp16-cuda was run on the CPU."""
+    from tests.release.builds import CPU, FP16, GGUF, build, licensed_checkpoint
+
+    folder = tmp_path_factory.mktemp("release-builds")
+    checkpoint = licensed_checkpoint(folder / "Phi-3-tiny")
+    return build((CPU, GGUF, FP16), checkpoint, folder / "dist", release_home)
+
+
+@pytest.fixture(scope="session")
+def released(
+    tmp_path_factory: pytest.TempPathFactory, dist: dict[str, Path], release_home: Path
+) -> Path:
+    """A release of all three."""
+    from tests.release.builds import release
+
+    return release(
+        list(dist.values()),
+        tmp_path_factory.mktemp("released") / "release",
+        release_home,
+        allow=("not-run:cuda",),
+        base_model="microsoft/Phi-3-mini-4k-instruct",
+    )

@@ -74,7 +74,8 @@ def read_structure(path: Path) -> GgufStructure:
         with path.open("rb") as file:
             found = _Reader(file, size, str(path)).structure()
     except OSError as error:
-        raise StageError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        message = f"the GGUF file cannot be read: {error.strerror}"
+        raise StageError(message, where=str(path), remedy=_REMEDY) from error
     _check_against_metadata(found, str(path))
     return found
 

@@ -76,10 +76,11 @@ def open_folder(path: Path) -> OnnxFolder:
 def _load(file: Path) -> ir.Model:
     import onnx_ir as ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from onnx_ir.serde import SerdeError
 
     try:
         return ir.load(file)
-    except (OSError, ValueError, DecodeError) as error:
+    except (OSError, ValueError, DecodeError, SerdeError) as error:
         raise StageError(
             f"the ONNX model cannot be read: {error}",
             where=str(file),
@@ -115,7 +116,7 @@ def _named(names: list[str], most: int = 6) -> str:
 def _data_files(model: ir.Model, folder: Path, file: Path) -> Iterable[str]:
     """Names of the external data files, each checked to be there whole."""
     ends: dict[str, tuple[int, str]] = {}
-    for tensor in external_tensors(model):
+    for tensor in _external_tensors(model):
         name = str(tensor.location).replace("\\", "/")
         end = (tensor.offset or 0) + (tensor.nbytes if tensor.length is None else tensor.length)
         if end > ends.get(name, (-1, ""))[0]:
@@ -125,8 +126,7 @@ def _data_files(model: ir.Model, folder: Path, file: Path) -> Iterable[str]:
     return ends
 
 
-def external_tensors(model: ir.Model) -> Iterable[ir.ExternalTensor]:
-    """Every tensor of a model whose data lies in another file."""
+def _external_tensors(model: ir.Model) -> Iterable[ir.ExternalTensor]:
     import onnx_ir as ir
 
     for graph in model.graphs():

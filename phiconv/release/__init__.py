@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phiconv.release.assemble import Released, assemble
+from phiconv.release.assembly import Released, assemble
 from phiconv.release.plan import ReleaseOptions, ReleasePlan, plan_release
 
 __all__ = ["ReleaseOptions", "ReleasePlan", "Released", "assemble", "plan_release"]

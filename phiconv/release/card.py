@@ -172,24 +172,29 @@ def _tools(plan: ReleasePlan) -> dict[str, str]:
 
 def _limits(plan: ReleasePlan) -> Iterator[Limit]:
     """What was not run, where runtimes leave Hugging Face's results, and what checks noted."""
-    found: dict[str, list[str]] = {}
-    for item in plan.items:
-        for statement in _statements(item):
-            paths = found.setdefault(statement, [])
-            if item.path not in paths:
-                paths.append(item.path)
-    for statement, paths in found.items():
-        yield Limit(statement, tuple(paths))
+    for kind in (_waived, _stated, _noted):
+        found: dict[str, list[str]] = {}
+        for item in plan.items:
+            for statement in dict.fromkeys(kind(item)):
+                found.setdefault(statement, []).append(item.path)
+        for statement, paths in found.items():
+            yield Limit(statement, tuple(paths))
 
 
-def _statements(item: Item) -> Iterator[str]:
+def _waived(item: Item) -> Iterator[str]:
     for waiver in item.waivers:
         yield f"The gates were not run on the target provider ({waiver.provider}): {waiver.verdict}"
+
+
+def _stated(item: Item) -> Iterator[str]:
     for validation in item.output.result.validations:
-        measurement = validation.measurement
-        for limit in measurement.known_limits:
-            since = f" from position {limit.from_position}" if limit.from_position else ""
-            yield f"{limit.runtime}{since}: {limit.statement}"
-        for check in measurement.checks:
+        for limit in validation.measurement.known_limits:
+            since = f"From position {limit.from_position}, in" if limit.from_position else "In"
+            yield f"{since} {limit.runtime}: {limit.statement}"
+
+
+def _noted(item: Item) -> Iterator[str]:
+    for validation in item.output.result.validations:
+        for check in validation.measurement.checks:
             if check.state in ("warnings", "not_checked"):
                 yield f"{_RUNTIMES[item.output.kind]}, {check.name}: {check.summary}"

@@ -10,6 +10,7 @@ from phiconv.checkpoint.licence import ModelTerms
 from phiconv.errors import PhiconvError, RecipeError
 from phiconv.release.admission import Waiver, admit, parse_allowances
 from phiconv.release.output import Output, open_outputs, raise_all
+from phiconv.release.source_date import source_date
 from phiconv.report.results import CheckpointRecord
 from phiconv.stages.stage import GGUF
 from phiconv.verify.documents import CARD, PROVENANCE, REPORTS, SBOM
@@ -73,6 +74,7 @@ class ReleasePlan:
         terms: The licence of that.
         base_model: Its Hub id, where it has one.
         builder_id: URI of who builds.
+        date: When, if SOURCE_DATE_EPOCH says so.
     """
 
     name: str
@@ -81,14 +83,15 @@ class ReleasePlan:
     terms: ModelTerms
     base_model: str | None
     builder_id: str
+    date: str | None = None
 
 
 def plan_release(places: Sequence[Path], options: ReleaseOptions) -> ReleasePlan:
     """Opens the outputs and decides what goes where.
 
     Raises:
-        RecipeError: There is no output, two are made from different models or ship the same file,
-            or a recipe does not say where its artifact goes.
+        RecipeError: There is no output or no such exception, two are made from different models or
+            ship the same file, or a recipe does not say where its artifact goes.
         StageError: An output is damaged.
         GateError: A gate did not pass, or was not run and that was not allowed.
     """
@@ -96,16 +99,17 @@ def plan_release(places: Sequence[Path], options: ReleaseOptions) -> ReleasePlan
     outputs = open_outputs(places)
     _check_names(outputs)
     checkpoint = _one_checkpoint(outputs)
-    errors: list[PhiconvError] = []
+    refused: list[PhiconvError] = []
+    misplaced: list[PhiconvError] = []
     items = []
     for output in outputs:
         waivers, problems = admit(output, allowed)
-        errors += problems
+        refused += problems
         if output.release_path is None:
-            errors.append(_nowhere(output))
+            misplaced.append(_nowhere(output))
         else:
             items.append(_item(output, output.release_path, waivers))
-    raise_all(errors)
+    raise_all([*refused, *misplaced])
     terms = outputs[0].terms
     _check_collisions(items, terms)
     base_model = options.base_model or _hub_id(checkpoint)
@@ -118,6 +122,7 @@ def plan_release(places: Sequence[Path], options: ReleaseOptions) -> ReleasePlan
         terms=terms,
         base_model=base_model,
         builder_id=options.builder_id,
+        date=source_date(),
     )
 
 

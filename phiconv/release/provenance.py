@@ -14,7 +14,6 @@ from urllib.parse import quote
 from phiconv import __version__
 from phiconv.release.plan import ReleasePlan
 from phiconv.release.sbom import model_url, package_url
-from phiconv.release.source_date import source_date
 from phiconv.verify.documents import PREDICATE_TYPE, STATEMENT_TYPE
 
 BUILD_TYPE = "urn:phiconv:release:v1"
@@ -63,16 +62,11 @@ def statement_json(plan: ReleasePlan, digests: Mapping[str, str]) -> str:
             },
             "runDetails": {
                 "builder": {"id": plan.builder_id, "version": {"phiconv": __version__}},
-                **_metadata(),
+                **({"metadata": {"finishedOn": plan.date}} if plan.date else {}),
             },
         },
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-
-
-def _metadata() -> dict[str, Any]:
-    date = source_date()
-    return {"metadata": {"finishedOn": date}} if date else {}
 
 
 def _dependencies(plan: ReleasePlan) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ from urllib.parse import quote
 from phiconv import __version__
 from phiconv.release.licence import cyclonedx_licences
 from phiconv.release.plan import Item, ReleasePlan
-from phiconv.release.source_date import source_date
 from phiconv.verify.documents import SBOM_FORMAT
 
 Component = dict[str, Any]
@@ -42,7 +41,6 @@ def cyclonedx_json(plan: ReleasePlan, digests: Mapping[str, str]) -> str:
         *_libraries(plan),
     ]
     tools = {"components": [_tool()]}
-    date = source_date()
     document: dict[str, Any] = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": SBOM_FORMAT[0],
@@ -50,7 +48,7 @@ def cyclonedx_json(plan: ReleasePlan, digests: Mapping[str, str]) -> str:
         "serialNumber": _serial_number(plan, components),
         "version": 1,
         "metadata": {
-            **({"timestamp": date} if date else {}),
+            **({"timestamp": plan.date} if plan.date else {}),
             "tools": tools,
             "component": {
                 "type": "machine-learning-model",

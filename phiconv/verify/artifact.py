@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from phiconv.errors import CheckpointError, PhiconvError, StageError
 from phiconv.verify.results import COPY_AGAIN, Problem
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
-_EXPORT = "build the artifact again"
 
 
 def structure_problems(
@@ -21,7 +19,8 @@ def structure_problems(
     Args:
         folder: The folder.
         names: Its files, by their paths with forward slashes.
-        damaged: Files already known to be damaged; an artifact that has one is not looked into.
+        damaged: Files already known to be damaged or missing; an artifact that has one is not
+            looked into.
 
     Returns:
         The problems, and what could not be checked.
@@ -36,9 +35,10 @@ def structure_problems(
     for name in names:
         if name.endswith(".onnx") or PurePosixPath(name).name == GENAI_CONFIG:
             models.setdefault(PurePosixPath(name).parent.as_posix(), []).append(name)
+    spoilt = {PurePosixPath(name).parent.as_posix() for name in damaged}
     for place in models:
         members = {name for name in names if PurePosixPath(name).parent.as_posix() == place}
-        if not members & set(damaged):
+        if place not in spoilt:
             found, said = _onnx_problems(folder, "" if place == "." else f"{place}/", members)
             problems += found
             notes += said
@@ -59,45 +59,23 @@ def _onnx_problems(
     folder: Path, prefix: str, members: Collection[str]
 ) -> tuple[list[Problem], list[str]]:
     from phiconv.onnx.folder import open_folder
+    from phiconv.onnx.structure import structure_problems as stored_problems
 
     models = [name for name in members if name.endswith(".onnx")]
     if not models:
         return [Problem(f"{prefix}{GENAI_CONFIG}", "stands there without an ONNX model")], []
+    damaged = [
+        Problem(name, what) for name in sorted(models) for what in stored_problems(folder / name)
+    ]
+    if damaged:
+        return damaged, []
     try:
-        opened = open_folder(folder / prefix)
+        open_folder(folder / prefix)
     except PhiconvError as error:
         return [Problem(sorted(models)[0], error.message, error.remedy or COPY_AGAIN)], []
-    problems = [
-        Problem(f"{prefix}{opened.model.name}", what, _EXPORT)
-        for what in _data_problems(opened.model)
-    ]
     if f"{prefix}{GENAI_CONFIG}" not in members:
-        return problems, [f"{prefix or 'the folder'} has no {GENAI_CONFIG}: it was not compared"]
-    found, notes = _config_problems(folder, prefix)
-    return problems + found, notes
-
-
-def _data_problems(file: Path) -> list[str]:
-    """External data: every tensor has its bytes, and no two share some."""
-    import onnx_ir as ir
-
-    from phiconv.onnx.folder import external_tensors
-
-    regions: dict[tuple[str, int, int], str] = {}
-    problems: list[str] = []
-    for tensor in external_tensors(ir.load(file)):
-        offset, length = tensor.offset or 0, tensor.length
-        if offset < 0 or (length is not None and length != tensor.nbytes):
-            problems.append(
-                f"the data of tensor {tensor.name} is {length} bytes at {offset}, not "
-                f"{tensor.nbytes}"
-            )
-        else:
-            regions[str(tensor.location), offset, offset + tensor.nbytes] = tensor.name or ""
-    for before, after in pairwise(sorted(regions)):
-        if before[0] == after[0] and after[1] < before[2]:
-            problems.append(f"the data of tensor {regions[after]} begins within {regions[before]}")
-    return problems
+        return [], [f"{prefix or 'the folder'} has no {GENAI_CONFIG}: it was not compared"]
+    return _config_problems(folder, prefix)
 
 
 def _config_problems(folder: Path, prefix: str) -> tuple[list[Problem], list[str]]:

@@ -46,15 +46,16 @@ def verify(
     folder = listing.folder
     if kind == "output":
         listing = _without_the_users(listing)
-    problems = list(listing.problems)
+    problems, absent = list(listing.problems), set[str]()
     if kind != "artifact":
         names = [name for name in listing.sizes if name != SUMS]
         actual = digest_all(folder, names, threads=threads, on_bytes=on_bytes, digest=digest)
         if kind == "release":
-            problems += release_problems(listing, actual, partial=partial)
+            found, absent = release_problems(listing, actual, partial=partial)
+            problems += found
         else:
             problems += output_problems(listing, actual)
-    damaged = {problem.file for problem in problems}
+    damaged = {problem.file for problem in problems} | absent
     found, notes = structure_problems(folder, listing.sizes, damaged)
     return Verification(
         kind=kind,

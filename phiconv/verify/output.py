@@ -69,9 +69,11 @@ def output_problems(listing: Listing, actual: Mapping[str, str | None]) -> list[
     except StageError as error:
         return [Problem(MANIFEST, error.message, _BUILD)]
     problems = artifact_problems(manifest, actual)
+    linked = {problem.file for problem in listing.problems}
+    problems = [problem for problem in problems if problem.file not in linked]
     reports = {f"{REPORT}/{name}" for name in manifest[REPORT]}
     found = {name for name in actual if name.startswith(f"{REPORT}/")}
-    problems += [Problem(name, "is missing", _BUILD) for name in sorted(reports - found)]
+    problems += [Problem(name, "is missing", _BUILD) for name in sorted(reports - found - linked)]
     problems += [Problem(name, f"{MANIFEST} does not list it") for name in sorted(found - reports)]
     try:
         result = read_result(listing.folder)
@@ -118,8 +120,7 @@ def read_result(folder: Path) -> RunResult:
 
 def contradictions(manifest: Mapping[str, Any], result: RunResult) -> list[Problem]:
     """What manifest and report both say, and say differently; or a digest that does not hold."""
-    recipe = manifest.get("recipe")
-    recipe = recipe if isinstance(recipe, dict) else {}
+    recipe = _mapping(manifest.get("recipe"))
     stamps = {name: (f"sha256:{stamp['sha256']}", stamp["size"])
               for name, stamp in manifest[ARTIFACT].items()}  # fmt: skip
     pairs: dict[str, tuple[Any, Any]] = {
@@ -136,6 +137,14 @@ def contradictions(manifest: Mapping[str, Any], result: RunResult) -> list[Probl
                 for item in result.validations
             ],
         ),
+        "tools": (
+            {"phiconv": manifest.get("phiconv_version"), **_mapping(manifest.get("tools"))},
+            dict(result.tools),
+        ),
+        "steps": (
+            _steps(manifest.get("steps"), result),
+            {stage.id: (stage.uses, stage.key) for stage in result.stages},
+        ),
         "release_path": (manifest.get("release_path"), result.release_path),
         ARTIFACT: (stamps, {file.path: (file.digest, file.size_bytes) for file in result.files}),
     }
@@ -146,6 +155,21 @@ def contradictions(manifest: Mapping[str, Any], result: RunResult) -> list[Probl
         for key, (one, other) in pairs.items()
         if one != other
     ]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _steps(value: Any, result: RunResult) -> dict[Any, tuple[Any, Any]]:
+    """What the manifest says of the stages that were needed; those at hand alone are reported."""
+    steps = [_mapping(step) for step in value] if isinstance(value, list) else []
+    reported = {stage.id for stage in result.stages}
+    return {
+        step.get("id"): (step.get("uses"), step.get("key"))
+        for step in steps
+        if step.get("id") in reported
+    }
 
 
 def _digest(value: Any) -> str:

@@ -31,26 +31,32 @@ def is_release(folder: Path) -> bool:
 
 def release_problems(
     listing: Listing, actual: Mapping[str, str | None], *, partial: bool
-) -> list[Problem]:
+) -> tuple[list[Problem], set[str]]:
     """Everything in which a release differs from what its lists say.
 
     Args:
         listing: Its files.
         actual: sha256 of every file but SHA256SUMS; None of one that cannot be read.
         partial: Whether files may be missing.
+
+    Returns:
+        The problems, and the files that are listed and not there.
     """
     folder = listing.folder
     if SUMS not in listing.sizes:
-        return [Problem(SUMS, "is missing")]
+        return [Problem(SUMS, "is missing")], set()
     try:
         listed, faults = parse_sums((folder / SUMS).read_bytes())
     except OSError as error:
-        return [Problem(SUMS, f"cannot be read: {error.strerror}")]
+        return [Problem(SUMS, f"cannot be read: {error.strerror}")], set()
+    known_bad = {problem.file for problem in listing.problems}
+    absent = listed.keys() - actual.keys() - known_bad
     lists = _Lists(listed, _subjects(folder), actual)
     problems = [Problem(SUMS, fault) for fault in faults]
     problems += lists.differences()
     problems += lists.strangers(bool(faults))
-    problems += lists.absent(partial)
+    if not partial:
+        problems += [Problem(name, "is missing") for name in absent - lists.renamed]
     problems += [
         Problem(name, "is missing")
         for name in _WRITTEN
@@ -58,7 +64,8 @@ def release_problems(
     ]
     damaged = {problem.file for problem in problems}
     known = {name: digest for name, digest in actual.items() if digest is not None}
-    return problems + document_problems(folder, known, damaged, partial=partial)
+    problems += document_problems(folder, known, damaged | known_bad, partial=partial)
+    return problems, absent
 
 
 def _subjects(folder: Path) -> dict[str, str]:
@@ -119,13 +126,3 @@ class _Lists:
             elif not faulty:
                 problems.append(Problem(SUMS, f"does not list {name}"))
         return problems
-
-    def absent(self, partial: bool) -> list[Problem]:
-        """Files that are listed and not there."""
-        if partial:
-            return []
-        return [
-            Problem(name, "is missing")
-            for name in self.listed
-            if name not in self.actual and name not in self.renamed
-        ]

@@ -10,7 +10,8 @@ from phiconv.checkpoint.folder import is_relative_name
 
 SUMS = "SHA256SUMS"
 
-_LINE = re.compile(r"([0-9a-f]{64})  ([^\x00-\x1f\x7f\\]+)")
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")  # sha256sum escapes these
 
 
 def render_sums(digests: Mapping[str, str]) -> str:
@@ -52,7 +53,8 @@ def parse_sums(data: bytes) -> tuple[dict[str, str], list[str]]:
 
 def is_portable(name: str) -> bool:
     """Whether a path stays below its folder everywhere and is written in the one usual way."""
-    return is_relative_name(name) and name == PurePosixPath(name).as_posix()
+    usual = name == PurePosixPath(name).as_posix() and not _UNPRINTABLE.search(name)
+    return usual and is_relative_name(name)
 
 
 def differing_digits(one: str, other: str) -> int:

@@ -81,8 +81,6 @@ def assemble(
         try:
             _write(plan, new, threads, on_bytes)
             _check(new, threads)
-            if not place.exists() or _is_empty(place):
-                remove_tree(old)
             _swap(new, place, old)
         except OSError as error:
             raise disk_full(error, place.parent, _size(plan)) or error from error
@@ -203,21 +201,22 @@ def _check(new: Path, threads: int) -> None:
     )
 
 
-def _is_empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
-
-
 def _swap(new: Path, place: Path, old: Path) -> None:
     """Moves what stands there aside and the release into its place."""
-    if place.exists():
-        remove_tree(old)
-        place.rename(old)
     try:
+        if place.exists():
+            remove_tree(old)
+            place.rename(old)
         new.rename(place)
-    except OSError:
-        with suppress(OSError):
-            old.rename(place)
-        raise
+    except OSError as error:
+        if not place.exists():
+            with suppress(OSError):
+                old.rename(place)
+        raise StageError(
+            f"the release cannot be put in place: {error.strerror}",
+            where=str(place),
+            remedy="close the programs that use the folder, then release again",
+        ) from error
     flush_folder(place.parent)
 
 
