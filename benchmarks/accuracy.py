@@ -1,67 +1,167 @@
-"""Measures what each way of quantizing costs on the bundled trained checkpoint.
+"""Measures what each way of quantizing costs on a trained checkpoint.
 
-    python -m benchmarks.accuracy
+    python -m benchmarks.accuracy [--table rounding|methods|heads|gguf] [--model examples/tiny-phi3]
 
-Each row is one build of recipes/int4-cpu.yaml with other parameters, validated on the CPU against
-Hugging Face fp32 on the packaged held-out windows. KL in nats; size is model.onnx.data.
+Each row is one build, validated on the CPU against Hugging Face fp32 on the packaged held-out
+windows. KL in nats; size is that of the weights' file.
+
+- rounding: bits, blocks and scale searches of plain rounding;
+- methods: plain rounding (RTN), AWQ, clip limits and GPTQ, on the same grids with the same head;
+- heads: the language-model head at 4, 8 and 16 bits;
+- gguf: files for llama.cpp with an importance matrix, with AWQ's scales, and with both.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 ROOT = Path(__file__).parent.parent
-GATES_OFF = ("check.gates={}",)
-VARIANTS: dict[str, tuple[str, ...]] = {
-    f"int{bits}, block {block}, search {search}, head int{head}": (
-        f"int4.bits={bits}",
-        f"int4.block_size={block}",
-        f"int4.search={search}",
-        f"int4.lm_head.bits={head}",
-        "int4.accuracy_level=1",
-    )
-    for bits, block, head in ((4, 32, 4), (4, 32, 8), (4, 128, 8), (8, 32, 8))
-    for search in ("none", "mse")
-}
+WINDOWS = 32
+# Windows that AWQ and the importance matrix are measured on: as many tokens as Gram matrices take.
+CALIBRATION = {"windows": 32}
+
+Stages = list[dict[str, Any]]
 
 
-def measure(model: Path, settings: tuple[str, ...], out: Path) -> tuple[dict[str, float], int]:
-    """Build one variant; returns its metrics and the size of its weights in bytes."""
-    options = [argument for text in settings for argument in ("--set", text)]
-    command = [sys.executable, "-m", "phiconv", "build", "-q", str(ROOT / "recipes/int4-cpu.yaml")]
-    subprocess.run(
-        [*command, "--model", str(model), "--out", str(out), *options],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+class Row(NamedTuple):
+    """One build: its name, and the stages of its recipe."""
+
+    name: str
+    stages: Stages
+
+
+def rounding() -> Iterator[Row]:
+    """Bits, blocks and scale searches of plain rounding."""
+    for bits, block, head in ((4, 32, 4), (4, 32, 8), (4, 128, 8), (8, 32, 8)):
+        for search in ("none", "mse"):
+            name = f"int{bits}, block {block}, search {search}, head int{head}"
+            settings = {"bits": bits, "block_size": block, "search": search}
+            yield Row(name, onnx("cpu", {**settings, **head_bits(head), "accuracy_level": 1}, 8))
+
+
+def methods() -> Iterator[Row]:
+    """Ways to find the integers, on one grid each."""
+    for block, symmetric in ((32, True), (32, False), (128, True), (128, False)):
+        kind = "symmetric" if symmetric else "asymmetric"
+        grid = {"bits": 4, "symmetric": symmetric}
+        for name, search, awq in (
+            ("RTN", "none", None),
+            ("RTN, mse", "mse", None),
+            ("AWQ", "none", {"clip": False}),
+            ("AWQ + clip", "none", {}),
+            ("GPTQ", "none", {"scale": False, "rounding": "gptq"}),
+            ("AWQ + GPTQ", "none", {"rounding": "gptq"}),
+            ("AWQ + GPTQ, mse", "mse", {"search": "mse", "rounding": "gptq"}),
+        ):
+            quantize = {**grid, "block_size": block, "search": search, **head_bits(8)}
+            overlay = None
+            if awq is not None:
+                overlay = {**grid, "group_size": block, "calibration": CALIBRATION, **awq}
+            yield Row(f"block {block} {kind}, {name}", onnx("cuda", quantize, WINDOWS, overlay))
+
+
+def heads() -> Iterator[Row]:
+    """Formats of the head, above a body that is rounded as it is."""
+    for block in (32, 128):
+        body = {"bits": 4, "block_size": block, "symmetric": False}
+        for bits in (4, 8, 16):
+            kind = f"int{bits}" if bits < 16 else "fp16"
+            settings = {**body, **head_bits(bits)}
+            yield Row(f"int4 block {block}, head {kind}", onnx("cuda", settings, WINDOWS))
+
+
+def gguf() -> Iterator[Row]:
+    """Files for llama.cpp."""
+    scales = {"group_size": 32, "clip": False, "calibration": CALIBRATION}
+    for file_type in ("Q4_0", "Q4_K_M"):
+        for name, importance, overlay in (
+            ("", False, False),
+            (", imatrix", True, False),
+            (", AWQ", False, True),
+            (", AWQ + imatrix", True, True),
+        ):
+            convert: dict[str, Any] = {"file_type": file_type}
+            if importance:
+                convert["importance"] = CALIBRATION
+            stage = {"id": "made", "uses": "convert-gguf", "with": convert}
+            awq = [{"id": "awq", "uses": "awq", "with": scales}] if overlay else []
+            check = {"runtime": "llama.cpp", "windows": WINDOWS}
+            if overlay:
+                stage["from"] = "awq"
+            yield Row(
+                file_type + name,
+                [*awq, stage, {"id": "check", "uses": "validate", "with": check}],
+            )
+
+
+def onnx(
+    provider: str, quantize: dict[str, Any], windows: int, awq: dict[str, Any] | None = None
+) -> Stages:
+    """The stages of an ONNX artifact that is measured on the CPU, through an overlay if given."""
+    overlay = [] if awq is None else [{"id": "awq", "uses": "awq", "with": awq}]
+    sources = ["onnx", *(stage["id"] for stage in overlay)]
+    check = {"provider": provider, "when_missing": "fallback-cpu", "windows": windows}
+    return [
+        *overlay,
+        {"id": "onnx", "uses": "export-onnx", "with": {"provider": provider}},
+        {"id": "made", "uses": "quantize", "from": sources, "with": quantize},
+        {"id": "check", "uses": "validate", "with": check},
+    ]
+
+
+def head_bits(bits: int) -> dict[str, Any]:
+    """The head at 4, 8 or 16 bits: quantize's key for it."""
+    return {"lm_head": {"bits": bits} if bits < 16 else {"keep_float": True}}
+
+
+TABLES = {"rounding": rounding, "methods": methods, "heads": heads, "gguf": gguf}
+
+
+def measure(model: Path, stages: Stages, folder: Path) -> tuple[dict[str, float], int]:
+    """Builds one row; returns its metrics and the size of its weights in bytes."""
+    recipe = {"schema": 1, "name": "row", "model": {"source": str(model)}, "stages": stages}
+    (folder / "row.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    out = folder / "out"
+    command = [sys.executable, "-m", "phiconv", "build", "-q", str(folder / "row.yaml")]
+    subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
     report: dict[str, Any] = json.loads((out / "report" / "report.json").read_text())
     metrics: dict[str, float] = report["result"]["validations"][0]["measurement"]["metrics"]
-    return metrics, (out / "artifact" / "model.onnx.data").stat().st_size
+    weights = [*out.glob("artifact/*.data"), *out.glob("artifact/*.gguf")]
+    return metrics, sum(file.stat().st_size for file in weights)
 
 
 @click.command(help=__doc__)
+@click.option(
+    "--table", type=click.Choice(list(TABLES)), default="rounding", help="What is compared."
+)
 @click.option(
     "--model",
     type=click.Path(path_type=Path, exists=True),
     default=ROOT / "examples" / "tiny-phi3",
     help="Trained checkpoint.",
 )
-def main(model: Path) -> None:
+@click.option("--only", default="", help="Rows whose name holds this text.")
+def main(table: str, model: Path, only: str) -> None:
     """Print a Markdown table."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     click.echo("| weights | mean KL | p99 KL | top-1 | perplexity ratio | size |")
     click.echo("|---|---|---|---|---|---|")
-    for name, settings in VARIANTS.items():
+    for row in TABLES[table]():
+        if only not in row.name:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            metrics, size = measure(model, (*settings, *GATES_OFF), Path(folder) / "out")
+            metrics, size = measure(model.resolve(), row.stages, Path(folder))
         click.echo(
-            f"| {name} | {metrics['kl_divergence.mean']:.5f} ± "
+            f"| {row.name} | {metrics['kl_divergence.mean']:.5f} ± "
             f"{metrics['kl_divergence.standard_error']:.5f} | {metrics['kl_divergence.p99']:.3f} "
             f"| {metrics['top1_agreement']:.1%} | {metrics['perplexity.ratio']:.4f} "
             f"| {size / 1e6:.2f} MB |"

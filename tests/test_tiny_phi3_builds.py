@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phiconv.checkpoint import Checkpoint
 from tests.onnx.models import hugging_face_logits, initializers, onnx_logits
 from tests.onnx.test_builder_contract import build_with_builder
 
@@ -130,15 +131,61 @@ def test_int4_bytes_equal_the_builders(tmp_path: Path, home: Path) -> None:
         assert ours[name].tobytes() == array.tobytes(), name
 
 
+def fewer_windows(recipe: str) -> tuple[str, ...]:
+    """Calibrates on an eighth of the texts, the same for every recipe that shares the overlay."""
+    text = (ROOT / "recipes" / recipe).read_text(encoding="utf-8")
+    return ("--set", "awq.calibration.windows=16") if "uses: awq" in text else ()
+
+
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
 def test_every_shipped_recipe_passes_its_gates(recipe: str, tmp_path: Path, home: Path) -> None:
-    report = build(recipe, tmp_path / "out", home)
+    report = build(recipe, tmp_path / "out", home, *fewer_windows(recipe))
     assert report["status"] == "passed"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "artifact",
         "report",
         "manifest.json",
     }
+
+
+def test_int4_for_directml(tmp_path: Path, home: Path) -> None:
+    """AWQ, built and measured where there is no DirectML, and checked against its kernels."""
+    import onnx_ir as ir
+
+    report = build("int4-dml.yaml", tmp_path / "out", home, *fewer_windows("int4-dml.yaml"))
+    (validation,) = report["result"]["validations"]
+    verdict = "passed on CPUExecutionProvider, target DmlExecutionProvider not present"
+    assert verdict in (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
+    checks = {check["name"]: check for check in validation["measurement"]["checks"]}
+    assert checks["kernels"]["state"] == "clean"
+    assert "DmlExecutionProvider" in checks["kernels"]["summary"]
+    assert checks["genai_config"]["state"] == "clean"
+
+    artifact = tmp_path / "out" / "artifact"
+    config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
+    (options,) = config["model"]["decoder"]["session_options"]["provider_options"]
+    assert options == {"dml": {"enable_graph_capture": "1"}}
+    assert "position_ids" in config["model"]["decoder"]["inputs"]
+    graph = ir.load(artifact / "model.onnx").graph
+    formats = {
+        (int(node.attributes["bits"].as_int()), int(node.attributes["block_size"].as_int()))
+        for node in graph
+        if node.op_type == "MatMulNBits" and len(node.inputs) > 3
+    }
+    assert formats == {(4, 128), (8, 128)}
+    assert sum(node.op_type == "RotaryEmbedding" for node in graph) == 2 * 4
+
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    stored = initializers(artifact)[norm].astype(np.float32)
+    ours = Checkpoint(TINY).read(norm).astype(np.float32)
+    assert np.abs(stored / ours - 1).max() > 0.05  # the other half of the scales
+
+
+def test_recipes_on_one_grid_share_their_calibration(tmp_path: Path, home: Path) -> None:
+    build("int4-dml.yaml", tmp_path / "dml", home, *fewer_windows("int4-dml.yaml"))
+    report = build("int4-cuda-awq.yaml", tmp_path / "cuda", home, *fewer_windows("int4-dml.yaml"))
+    cached = {stage["id"]: stage["cached"] for stage in report["result"]["stages"]}
+    assert cached["awq"]
 
 
 def test_builds_are_byte_identical_and_cached(tmp_path: Path) -> None:
