@@ -278,3 +278,42 @@ def test_the_workflow_runs_the_pipeline_and_what_is_there() -> None:
     for step in ("build", "compare", "collect", "release"):
         assert f'sh "$PIPELINE" {step}' in text
         assert f"\n{step}() {{\n" in PIPELINE.read_text(encoding="utf-8")
+
+
+GH = """\
+#!/bin/sh
+echo "$*" >>asked
+case "$*" in *--paginate*) cat known ;; esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="it is a bash script")
+@pytest.mark.parametrize(
+    ("known", "asked"),
+    [
+        ("", "api --method POST repos/org/phi/issues/7/comments -F body=@comment.md"),
+        ("42\n", "api --method PATCH repos/org/phi/issues/comments/42 -F body=@comment.md"),
+    ],
+)
+@pytest.mark.parametrize("folders", [["reports-a", "reports-b"], ["."]])
+def test_the_comment_of_a_pull_request_is_replaced(
+    tmp_path: Path, known: str, asked: str, folders: list[str]
+) -> None:
+    workflow = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
+    [script] = [step["run"] for step in workflow["jobs"]["report"]["steps"] if "run" in step]
+    (tmp_path / "gh").write_text(GH, encoding="utf-8")
+    (tmp_path / "gh").chmod(0o755)
+    (tmp_path / "known").write_text(known, encoding="utf-8")
+    for folder in folders:
+        (tmp_path / "collected" / folder).mkdir(parents=True)
+        (tmp_path / "collected" / folder / "report.md").write_text(f"## {folder}\n", "utf-8")
+    subprocess.run(
+        ["bash", "-e", "-c", script],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "NUMBER": "7",
+             "GH_REPO": "org/phi"},
+        check=True,
+    )  # fmt: skip
+    assert (tmp_path / "asked").read_text(encoding="utf-8").splitlines()[-1] == asked
+    comment = (tmp_path / "comment.md").read_text(encoding="utf-8")
+    assert comment == "<!-- phiconv -->\n" + "".join(f"## {folder}\n" for folder in folders)
