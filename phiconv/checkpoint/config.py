@@ -31,6 +31,17 @@ UNSUPPORTED_ARCHITECTURES: Mapping[str, str] = {
 }
 """What is not converted although it is called Phi, and why."""
 
+UNSUPPORTED_PARTS: Mapping[str, str] = {
+    "num_local_experts": "mixture of experts",
+    "blocksparse_block_size": "block-sparse attention",
+    "img_processor": "image input",
+    "vision_config": "image input",
+    "audio_processor": "audio input",
+    "audio_config": "audio input",
+    "mb_per_layer": "state-space layers",
+}
+"""Keys of config.json that give away what a model has besides, whatever its architecture's name."""
+
 _REMEDY = (
     "phiconv converts Phi3ForCausalLM: Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4 and Phi-4-mini"
 )
@@ -157,7 +168,7 @@ def _refuse_unsupported(keys: ConfigKeys, raw: Mapping[str, Any]) -> None:
         keys.refuse("architectures", "must be a list of names", _REMEDY)
     elif architectures != [SUPPORTED_ARCHITECTURE]:
         name = ", ".join(architectures) or "none named"
-        reason = UNSUPPORTED_ARCHITECTURES.get(name)
+        reason = UNSUPPORTED_ARCHITECTURES.get(name) or ", ".join(_unsupported_parts(keys))
         keys.refuse(
             "architectures",
             f"is not supported: {name}" + (f" ({reason})" if reason else ""),
@@ -165,9 +176,17 @@ def _refuse_unsupported(keys: ConfigKeys, raw: Mapping[str, Any]) -> None:
         )
     elif raw.get("model_type", "phi3") != "phi3":
         keys.refuse("model_type", f"must be 'phi3', not {raw['model_type']!r}")
+    else:
+        for part, key in _unsupported_parts(keys).items():
+            keys.refuse(key, f"is set, which no Phi3ForCausalLM has: {part}", _REMEDY)
     for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
         if keys.flag(bias, False):
             keys.refuse(bias, "is true, but Phi3ForCausalLM has no biases")
+
+
+def _unsupported_parts(keys: ConfigKeys) -> dict[str, str]:
+    """What a model has that is not converted, and the key that says so."""
+    return {part: key for key, part in UNSUPPORTED_PARTS.items() if keys.present(key)}
 
 
 def _read(cls: type[ModelConfig], keys: ConfigKeys) -> ModelConfig:

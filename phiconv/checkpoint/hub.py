@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phiconv.checkpoint.adapter import ADAPTER_CONFIG
 from phiconv.checkpoint.digests import OnBytes
 from phiconv.checkpoint.folder import CARD, SHAPING_PATTERNS
 from phiconv.checkpoint.weights import INDEX_FILE, SINGLE_FILE, no_weights, read_weight_map
@@ -66,7 +67,7 @@ def fetch_metadata(repo_id: str, revision: str | None, *, download: bool = True)
         path = snapshot_download(
             repo_id,
             revision=commit,
-            allow_patterns=[*SHAPING_PATTERNS, INDEX_FILE, CARD],
+            allow_patterns=[*SHAPING_PATTERNS, INDEX_FILE, CARD, ADAPTER_CONFIG],
             ignore_patterns="*/*",
             local_files_only=not download,
             library_name="phiconv",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phiconv.checkpoint.adapter import refuse_adapter
 from phiconv.checkpoint.config import EMBEDDING, LM_HEAD, ModelConfig
 from phiconv.checkpoint.digests import DigestCache, OnBytes, digest_files, file_size
 from phiconv.checkpoint.folder import CONFIG, member, shaping_files
@@ -67,6 +68,7 @@ class Checkpoint:
         self.source = str(path) if source is None else source
         self.revision = revision
         names = _list_folder(self.path)
+        refuse_adapter(self.path)
         self.files: tuple[str, ...] = shaping_files(names)
         errors: list[CheckpointError] = []
         raw_config = attempt(errors, read_config, self.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import PureWindowsPath
 
+from phiconv.checkpoint.adapter import refuse_adapter
 from phiconv.checkpoint.config import ModelConfig
 from phiconv.checkpoint.digests import DigestCache, OnBytes
 from phiconv.checkpoint.folder import CONFIG
@@ -57,6 +58,7 @@ def resolve(
         return Checkpoint(folder, source=source, digest_cache=digest_cache)
     _refuse_path(source, folder)
     snapshot = fetch_metadata(source, revision, download=download)
+    refuse_adapter(snapshot.path)
     ModelConfig.from_dict(read_config(snapshot.path), str(snapshot.path / CONFIG))
     fetch_weights(snapshot, download=download, on_bytes=on_bytes)
     return Checkpoint(

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from phiconv.checkpoint import CheckpointProblemsError, ModelConfig
-from phiconv.checkpoint.config import UNSUPPORTED_ARCHITECTURES
+from phiconv.checkpoint.config import UNSUPPORTED_ARCHITECTURES, UNSUPPORTED_PARTS
 from phiconv.errors import CheckpointError
 from tests.phi3_checkpoints import phi3_config, phi3_shapes
 
@@ -136,6 +136,17 @@ def test_unsupported_architectures_are_named_with_the_reason(architecture, reaso
     with pytest.raises(CheckpointError, match=message) as caught:
         read(architectures=[architecture])
     assert "Phi3ForCausalLM" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("key", "part"), UNSUPPORTED_PARTS.items())
+def test_what_a_model_has_besides_is_named(key, part):
+    with pytest.raises(CheckpointError, match=rf"not supported: Phi9ForCausalLM \({part}\)"):
+        read(architectures=["Phi9ForCausalLM"], **{key: {"size": 2}})
+    with pytest.raises(
+        CheckpointError, match=f"{key} is set, which no Phi3ForCausalLM has: {part}"
+    ):
+        read(**{key: {"size": 2}})
+    assert read(**{key: None}) == read()
 
 
 @pytest.mark.parametrize(
