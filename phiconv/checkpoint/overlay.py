@@ -197,6 +197,12 @@ class Overlay:
             StageError: It belongs to another, or a tensor has another shape.
         """
         where = str(checkpoint.path)
+        if checkpoint.rounded is not None:
+            raise StageError(
+                "an overlay is for weights in floating point, but the checkpoint's are integers",
+                where=where,
+                remedy="make it from the checkpoint that this one was quantized from",
+            )
         if self.checkpoint != checkpoint.digest:
             raise StageError(
                 f"the overlay belongs to the checkpoint {self.checkpoint[:12]}, this one is "

@@ -97,6 +97,14 @@ class Awq:
 
     def check(self, params: AwqParams, config: ModelConfig) -> list[PhiconvError]:
         errors = check_tokens(params.calibration, config, "awq: calibration", "calibration")
+        if config.quantization is not None:
+            errors.append(
+                RecipeError(
+                    "the checkpoint's weights are integers already",
+                    where="awq",
+                    remedy="take the checkpoint that this one was quantized from",
+                )
+            )
         widths = {
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,

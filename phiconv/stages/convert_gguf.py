@@ -248,7 +248,7 @@ class ConvertGguf:
             importance=importance,
         )
         limits = (*vocabulary.limits, *_attention_limits(ctx.checkpoint.config))
-        for line in (*plan.fallbacks, *limits):
+        for line in (*plan.fallbacks, *limits, *_unused_of_overlay(source)):
             ctx.progress.note(line)
         written = write_gguf(
             ctx.out / params.file_name,
@@ -350,6 +350,15 @@ def _fitting(
         if weight.source in factors and weight.name in means:
             np.divide(means[weight.name], np.square(factors[weight.source]), out=means[weight.name])
     return means
+
+
+def _unused_of_overlay(source: WeightSource) -> tuple[str, ...]:
+    """What an overlay holds for MatMulNBits alone."""
+    from phiconv.checkpoint.overlay import OverlaidCheckpoint
+
+    if not isinstance(source, OverlaidCheckpoint) or not source.overlay.needs_grid:
+        return ()
+    return ("the overlay's clip limits and codes are for other formats and not used",)
 
 
 def _attention_limits(config: ModelConfig) -> tuple[str, ...]:

@@ -20,7 +20,9 @@ from phiconv.checkpoint.overlay import (
 from phiconv.checkpoint.rounded import RoundedWriter
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.errors import StageError
+from phiconv.stages.awq import Awq, AwqParams
 from tests.phi3_checkpoints import write_phi3_checkpoint
+from tests.quantized_checkpoints import write_quantized
 
 NORM = "model.layers.0.input_layernorm.weight"
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
@@ -245,3 +247,12 @@ def test_a_weight_that_was_never_written_is_an_error(tmp_path: Path) -> None:
         RoundedWriter(tmp_path, GRID, {O_PROJ: (128, 128)}),
     ):
         pass
+
+
+def test_a_quantized_checkpoint_takes_no_overlay(tmp_path: Path) -> None:
+    original = write_phi3_checkpoint(tmp_path / "float")
+    quantized = Checkpoint(write_quantized(original, tmp_path / "int", method="awq").path)
+    with pytest.raises(StageError, match="but the checkpoint's are integers"):
+        OverlaidCheckpoint(quantized, Overlay(quantized.digest, GRID), clip=False)
+    (error,) = Awq().check(AwqParams(group_size=32), quantized.config)
+    assert error.message == "the checkpoint's weights are integers already"
