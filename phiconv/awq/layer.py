@@ -236,5 +236,7 @@ def _output_energy(weight: NDArray[np.float32], gram: torch.Tensor) -> float:
     """`tr(W H W^T)`: the mean square of a weight's outputs, summed over its rows."""
     import torch
 
-    rows = torch.from_numpy(weight)
-    return float(((rows @ gram) * rows).sum(dtype=torch.float64))
+    products: NDArray[np.float32] = (torch.from_numpy(weight) @ gram).numpy()
+    products *= weight
+    # not torch's sum, whose order depends on the number of threads
+    return float(products.sum(dtype=np.float64))
