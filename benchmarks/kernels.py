@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from phiconv.kernels.floats import cast_rows, cast_transposed
 from phiconv.kernels.matmulnbits import dequantize_rows, layout, quantize_rows
+from phiconv.kernels.overlay import scale_rows
 
 Array = npt.NDArray[Any]
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
@@ -107,6 +108,18 @@ def main() -> None:
         out = np.empty(shape[::-1], DTYPES[target])
         run = partial(cast_transposed, weight, 0, shape[1], out)
         measure(f"cast {source} to {target}, transposed", weight.nbytes, run, args.repeats)
+    factors, limits = np.ones(max(shape), np.float32), np.full(shape, 3, np.uint8)
+    for name, clip in (("", None), (" with clip limits", limits[:, : -(-shape[1] // 128)])):
+        run = partial(
+            scale_rows,
+            bf16,
+            np.empty(shape, np.float32),
+            columns=factors[: shape[1]],
+            rows=factors[: shape[0]],
+            clip=clip,
+            group_size=128,
+        )
+        measure(f"bf16 through an overlay{name}", bf16.nbytes, run, args.repeats)
     out = np.empty(shape[::-1], np.float16)
     measure(
         "numpy: cast bf16 to f16, transposed",
