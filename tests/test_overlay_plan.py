@@ -163,6 +163,14 @@ def test_another_grid_is_refused(
     assert caught.value.exit_code == 2
 
 
+def test_what_awq_makes_is_known_to_the_plan(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    awq = {"id": "scales", "uses": "awq", "with": {"group_size": 64}}
+    with pytest.raises(PhiconvError, match="made for block_size 64, not 32"):
+        plan(checkpoint, tmp_path, awq, *CHAIN[1:])
+    free = plan(checkpoint, tmp_path, awq, *CHAIN[1:], scales={"clip": False})
+    assert [ref.id for ref in free.step("int4.onnx").inputs] == ["int4", "scales"]
+
+
 def test_scales_alone_fit_any_grid(checkpoint: Checkpoint, tmp_path: Path) -> None:
     found = plan(checkpoint, tmp_path, *CHAIN, scales={"clip": False, "group_size": 128})
     assert [ref.id for ref in found.step("int4").inputs] == ["onnx", "scales"]
