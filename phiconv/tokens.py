@@ -17,14 +17,16 @@ used and what there was stands in `TokenSet`, and so in every report.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from phiconv.errors import CheckpointError, RecipeError
+from phiconv.texts import DEFAULT as DEFAULT
+from phiconv.texts import Packaged, Text
+from phiconv.texts import read_texts as read_texts
+from phiconv.texts import text_digest as text_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,17 +34,8 @@ if TYPE_CHECKING:
 
     from phiconv.checkpoint import Checkpoint
 
-DEFAULT = "default"
 DEFAULT_WINDOWS = 8
 DEFAULT_WINDOW_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Text:
-    """One text of a token set and the name of where it comes from."""
-
-    source: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -66,68 +59,6 @@ class TokenSet:
     available_tokens: int
 
 
-def read_texts(
-    spec: str | Path, *, packaged: Literal["validation", "calibration"] = "validation"
-) -> list[Text]:
-    """Reads the texts that `spec` names.
-
-    Args:
-        spec: `default` for the texts that ship with phiconv; else a .jsonl file with one object a
-            line (`text`, and optionally `source`), or any other file as one plain UTF-8 text.
-        packaged: Which of the packaged sets `default` means.
-
-    Raises:
-        RecipeError: The file is missing, is not UTF-8, or a line is not such an object; or there
-            is no text in it.
-    """
-    if str(spec) == DEFAULT:
-        file = resources.files("phiconv") / "data" / f"{packaged}.jsonl"
-        return _parse_jsonl(file.read_text(encoding="utf-8"), f"{packaged}.jsonl")
-    path = Path(spec)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"the text file cannot be read: {error}",
-            where=str(path),
-            remedy=f"name a UTF-8 .jsonl or text file, or {DEFAULT!r}",
-        ) from error
-    texts = (
-        _parse_jsonl(content, str(path)) if path.suffix == ".jsonl" else [Text(path.name, content)]
-    )
-    if not any(text.text for text in texts):
-        raise RecipeError("the text file holds no text", where=str(path))
-    return texts
-
-
-def _parse_jsonl(content: str, where: str) -> list[Text]:
-    texts = []
-    # not splitlines(): a JSON string may hold U+2028 and its kin, which are no line ends in JSONL
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"not JSON: {error}", where=f"{where}, line {number}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise RecipeError(
-                "not a JSON object with a string `text`", where=f"{where}, line {number}"
-            )
-        texts.append(Text(str(record.get("source", f"line {number}")), record["text"]))
-    return texts
-
-
-def text_digest(texts: Iterable[Text]) -> str:
-    """Digest of the texts alone: `sha256:` over each one's UTF-8 length (8 bytes LE) and bytes."""
-    digest = hashlib.sha256()
-    for text in texts:
-        encoded = text.text.encode("utf-8")
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return f"sha256:{digest.hexdigest()}"
-
-
 def ids_digest(windows: NDArray[np.int64]) -> str:
     """Digest of windows: `sha256:` over n and T (8 bytes LE each) and the int64 LE ids."""
     digest = hashlib.sha256()
@@ -143,7 +74,8 @@ def load_token_set(
     *,
     windows: int = DEFAULT_WINDOWS,
     window_length: int = DEFAULT_WINDOW_LENGTH,
-    packaged: Literal["validation", "calibration"] = "validation",
+    packaged: Packaged = "validation",
+    chat: bool = False,
 ) -> TokenSet:
     """Tokenizes the texts that `spec` names into windows, by the rule in the module's docstring.
 
@@ -153,6 +85,8 @@ def load_token_set(
         windows: How many windows.
         window_length: Tokens a window, at least 2.
         packaged: See `read_texts`.
+        chat: Whether each text is put into the checkpoint's chat template, as the user's message;
+            conversations always need it.
 
     Returns:
         The token set; `windows` is int64 [windows, window_length].
@@ -165,7 +99,8 @@ def load_token_set(
     import numpy as np
 
     texts = read_texts(spec, packaged=packaged)
-    stream, owner, prefix = _token_stream(texts, checkpoint)
+    written = _in_chat_template(texts, checkpoint) if chat else _plain(texts, str(spec))
+    stream, owner, prefix = _token_stream(written, checkpoint)
     name = DEFAULT if str(spec) == DEFAULT else Path(spec).name
     chunk_length = window_length - len(prefix)
     starts = _chunk_starts(len(stream), chunk_length, windows, name)
@@ -190,6 +125,46 @@ def load_token_set(
         sources=tuple(texts[index].source for index in sorted(used)),
         available_tokens=len(stream),
     )
+
+
+def _plain(texts: Sequence[Text], where: str) -> Sequence[Text]:
+    if any(text.messages is not None for text in texts):
+        raise RecipeError(
+            "there are conversations among the texts",
+            where=where,
+            remedy="set chat: true where the stage takes it, or give plain texts",
+        )
+    return texts
+
+
+def _in_chat_template(texts: Sequence[Text], checkpoint: Checkpoint) -> list[Text]:
+    """The texts as the checkpoint's own chat template writes them; no code in it is ever run."""
+    from transformers import AutoTokenizer
+
+    where = str(checkpoint.path)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=False, local_files_only=True
+        )
+        if not tokenizer.chat_template:
+            raise CheckpointError(
+                "the checkpoint has no chat template", where=where, remedy="set chat: false"
+            )
+        return [
+            replace(text, text=tokenizer.apply_chat_template(_messages(text), tokenize=False))
+            for text in texts
+        ]
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers and jinja2 raise nothing narrower in common
+        raise CheckpointError(
+            f"the chat template cannot be applied: {error}", where=where
+        ) from error
+
+
+def _messages(text: Text) -> list[dict[str, str]]:
+    messages = text.messages if text.messages is not None else (("user", text.text),)
+    return [{"role": role, "content": content} for role, content in messages]
 
 
 def _chunk_starts(tokens: int, chunk_length: int, windows: int, name: str) -> list[int]:

@@ -116,6 +116,49 @@ def fetch_weights(
         )
 
 
+def fetch_dataset_file(repo_id: str, commit: str, name: str, *, download: bool = True) -> Path:
+    """Fetches one file of a dataset.
+
+    Args:
+        repo_id: The dataset on the Hub.
+        commit: 40 hexadecimal digits.
+        name: The file, within the repository.
+        download: False uses the cache alone.
+
+    Returns:
+        Where it is in the cache; what is there needs no network.
+
+    Raises:
+        EnvironmentLacksError: There is no such file, it is not accessible, or it is not in the
+            cache and the Hub cannot be reached.
+        RecipeError: `repo_id` is no valid id.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        with _translated_errors(f"datasets/{repo_id}", commit):
+            return Path(
+                hf_hub_download(
+                    repo_id,
+                    name,
+                    repo_type="dataset",
+                    revision=commit,
+                    local_files_only=not download,
+                    library_name="phiconv",
+                    tqdm_class=_progress_class(None),
+                )
+            )
+    except EnvironmentLacksError as error:
+        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+            raise EnvironmentLacksError(
+                f"this dataset has no file {name}",
+                where=_place(f"datasets/{repo_id}", commit),
+                remedy="see its files on the Hub",
+            ) from error.__cause__
+        raise
+
+
 def _file_sizes(snapshot: Snapshot) -> dict[str, int]:
     """Name and bytes of every file of the repository, or of those in the cache."""
     from huggingface_hub import get_cached_repo_tree

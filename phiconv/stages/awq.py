@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from phiconv import machine
 from phiconv.errors import PhiconvError, RecipeError
+from phiconv.stages.autoawq import REQUIREMENTS, check_autoawq, run_autoawq
 from phiconv.stages.reference import INTERPRETER_BYTES, Reference, TokenSetParams, check_tokens
 from phiconv.stages.stage import (
     JSON,
@@ -38,7 +40,11 @@ class CalibrationParams(TokenSetParams):
         "default",
         min_length=1,
         description="default for the calibration texts that ship with phiconv, or a text or .jsonl "
-        "file (one object with a string text a line), relative to the recipe's folder.",
+        "file (one object with a string text, or messages, a line), relative to the recipe's "
+        "folder, or hub:ORG/NAME@COMMIT/FILE for a .jsonl, .json or .txt file of a dataset.",
+    )
+    chat: bool = Field(
+        False, description="Put each text into the checkpoint's chat template, as the user's."
     )
     windows: int = Field(128, ge=1, description="How many windows, spread evenly over the texts.")
     gram_tokens: int = Field(
@@ -59,6 +65,11 @@ class AwqParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    backend: Literal["phiconv", "autoawq"] = Field(
+        "phiconv",
+        description="Who searches: phiconv, or the package AutoAWQ where it is installed, which "
+        "takes far longer and the whole model in memory.",
+    )
     bits: Literal[4, 8] = Field(4, description="Bits of a weight on the grid that is aimed at.")
     group_size: Literal[16, 32, 64, 128, 256] = Field(
         128, description="Input features that share a scale there: quantize's block_size."
@@ -105,6 +116,8 @@ class Awq:
                     remedy="take the checkpoint that this one was quantized from",
                 )
             )
+        if params.backend == "autoawq":
+            errors += check_autoawq(params, config)
         widths = {
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
@@ -122,17 +135,20 @@ class Awq:
         return errors
 
     def key_params(self, params: AwqParams) -> dict[str, JSON]:
-        from phiconv.tokens import read_texts, text_digest
+        from phiconv.texts import texts_key
 
-        texts = read_texts(params.calibration.tokens, packaged="calibration")
+        texts = texts_key(params.calibration.tokens, "calibration")
         document: dict[str, JSON] = params.model_dump(mode="json", exclude={"calibration"})
         calibration: dict[str, JSON] = params.calibration.model_dump(
             mode="json", exclude={"tokens"}
         )
-        return {**document, "calibration": {**calibration, "text_digest": text_digest(texts)}}
+        if params.backend == "autoawq":
+            document["autoawq"] = machine.version("autoawq")
+        return {**document, "calibration": {**calibration, "texts": texts}}
 
     def requires(self, params: AwqParams) -> tuple[Requirement, ...]:
-        return Reference().requires(params.calibration)
+        needed = Reference().requires(params.calibration)
+        return (*needed, *REQUIREMENTS) if params.backend == "autoawq" else needed
 
     def estimate(
         self, params: AwqParams, config: ModelConfig, inputs: Sequence[InputRef]
@@ -151,6 +167,10 @@ class Awq:
         clips = weights // params.group_size if params.clip else 0
         factors = 4 * (4 * hidden + 2 * (rows + attention) + 4 * intermediate)
         artifact = config.num_hidden_layers * (codes + clips + factors)
+        if params.backend == "autoawq":  # the model in fp32, and the inputs of a layer's weights
+            model = weights * config.num_hidden_layers + 2 * hidden * config.vocab_size
+            inputs = stream // hidden * (2 * hidden + attention + intermediate)
+            return Estimate(artifact, INTERPRETER_BYTES + 4 * model + 2 * stream + inputs)
         return Estimate(
             disk_bytes=2 * artifact + 2 * stream,
             ram_bytes=INTERPRETER_BYTES + stream + max(running, searching) + codes,
@@ -168,6 +188,8 @@ def _calibrate(params: AwqParams, ctx: StageContext, folder: Path) -> dict[str, 
 
     calibration, layers = params.calibration, ctx.checkpoint.config.num_hidden_layers
     token_set = _token_set(calibration, ctx)
+    if params.backend == "autoawq":
+        return run_autoawq(params, token_set, ctx)
     settings = _settings(params, ctx.threads)
     finished = FinishedLayers(folder, ctx.checkpoint, settings.grid, params.rounding)
     ctx.progress.start(2 * token_set.windows.size * layers, "tokens x layers, run and searched")
@@ -210,6 +232,7 @@ def _token_set(params: CalibrationParams, ctx: StageContext) -> TokenSet:
         windows=params.windows,
         window_length=params.window_length,
         packaged="calibration",
+        chat=params.chat,
     )
 
 

@@ -51,7 +51,9 @@ class TokenSetParams(BaseModel):
     @classmethod
     def _beside_the_recipe(cls, value: str, info: ValidationInfo) -> str:
         folder = (info.context or {}).get("folder")
-        return value if value == "default" or folder is None else str(Path(folder) / value)
+        if value == "default" or value.startswith("hub:") or folder is None:
+            return value
+        return str(Path(folder) / value)
 
 
 def check_tokens(
@@ -61,11 +63,11 @@ def check_tokens(
     packaged: Literal["validation", "calibration"] = "validation",
 ) -> list[PhiconvError]:
     """Finds an unreadable token file, or windows longer than the model's context."""
-    from phiconv.tokens import read_texts
+    from phiconv.texts import check_texts
 
     errors: list[PhiconvError] = []
     try:
-        read_texts(params.tokens, packaged=packaged)
+        check_texts(params.tokens, packaged)
     except RecipeError as error:
         errors.append(error)
     if params.window_length > config.max_position_embeddings:
