@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
     from phiconv.checkpoint.weight_source import Grid
 
-INSTALL = (
-    "pip install 'phiconv[autoawq]' && pip install --no-deps autoawq==0.2.9 (its dependency triton "
-    "is large and not needed)"
-)
 # Tokens that run through a module at once, where no mask of all windows is in the way.
 _BATCH_TOKENS = 4096
 
@@ -124,7 +120,9 @@ def _import(
         from awq.quantize.quantizer import AwqQuantizer
     except ImportError as error:
         raise EnvironmentLacksError(
-            f"AutoAWQ cannot be imported: {error}", where="awq: backend", remedy=INSTALL
+            f"AutoAWQ cannot be imported: {error}",
+            where="awq: backend",
+            remedy="install what docs/interoperability.md says, or use backend: phiconv",
         ) from error
     quantizer: Any = AwqQuantizer
 
