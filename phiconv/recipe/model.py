@@ -33,6 +33,8 @@ def _folder_name(name: str) -> str:
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
+    if path == ".":
+        return path
     if not parts or "\\" in path or ":" in path or path.startswith("/") or ".." in parts:
         raise ValueError("must be a relative path with forward slashes and without '..'")
     return path
@@ -89,7 +91,8 @@ class Release(_Written):
     """Where the artifact goes in a release."""
 
     path: Annotated[str, AfterValidator(_inside)] = Field(
-        description="Folder of the artifact in the release, as the official repository names it."
+        description="Folder of the artifact in the release, as the official repository names it; "
+        "'.' is the top, where GGUF files stand in official repositories."
     )
 
 

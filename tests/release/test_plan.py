@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from phiconv.errors import GateError, PhiconvError, Problems, RecipeError, StageError
+from phiconv.recipe.model import Release
 from phiconv.release import ReleaseOptions, ReleasePlan, plan_release
 from phiconv.release.admission import parse_allowances
 from phiconv.report.results import Measurement, RunResult, Validation
@@ -226,3 +228,10 @@ def test_the_command_refuses_with_exit_code_4(
     assert "Phi-3-tiny-onnx" in done.out and f"not run on cuda: {FALLBACK}" in done.out
     done = phiconv("verify", str(to))
     assert (done.code, done.err) == (0, "") and done.out.endswith(": whole\n")
+
+
+def test_a_recipe_may_ship_to_the_top() -> None:
+    assert Release(path=".").path == "."
+    for path in ("", "..", "./..", "/"):
+        with pytest.raises(ValidationError):
+            Release(path=path)
