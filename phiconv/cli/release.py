@@ -135,9 +135,21 @@ def verify(path: Path, ignore_missing: bool, threads: int | None, as_json: bool)
     against the graph, and GGUF headers; needs no network and runs no model.
     """
     from phiconv import machine
+    from phiconv.progress import make_display
     from phiconv.verify import verify as verify_path
 
-    found = verify_path(path, partial=ignore_missing, threads=threads or machine.threads())
+    display = make_display(sys.stderr, quiet=not sys.stderr.isatty())
+    try:
+        progress = display.step("verify", str(path), lambda: 0)
+        progress.start(None)
+        found = verify_path(
+            path,
+            partial=ignore_missing,
+            threads=threads or machine.threads(),
+            on_bytes=lambda count: progress.advance(count, "hashing"),
+        )
+    finally:
+        display.close()
     if as_json:
         from dataclasses import asdict
 
