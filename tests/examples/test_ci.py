@@ -152,7 +152,6 @@ def test_a_tag_releases_and_the_next_build_is_held_against_it(
             HF_ENDPOINT=url,
             HF_HUB_OFFLINE="0",
             HF_TOKEN=WRITE,
-            HF_HUB_DISABLE_XET="1",  # the stand-in takes no compressed chunks
             HF_HOME=str(tmp_path / "huggingface"),
         )
     assert done.returncode == 0, done.stdout + done.stderr

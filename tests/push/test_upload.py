@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def refusal(kind: type[PhiconvError], release: Path, **options: bool) -> Phiconv
 
 
 def test_a_release_arrives_whole_in_one_commit(release: Path, hub: HubStub, protocol: str) -> None:
+    floats = struct.pack("<50000f", *(index / 50_000 for index in range(50_000)))
+    (release / "cpu" / "compresses.bin").write_bytes(floats + b"again and again " * 10_000)
+    write_sums(release)
     before = contents(release)
     plan = plan_push(release, Target(REPO))
     assert states(plan) == dict.fromkeys(before, "new")

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from tests.push.lz4 import decompress_frame, ungroup_bytes
 
 _HEADER = 48
 _ENTRY = 48
 _WITH_VERIFICATION = 1 << 31
 _WITH_METADATA = 1 << 30
+_DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {
+    0: bytes,
+    1: decompress_frame,
+    2: lambda data: ungroup_bytes(decompress_frame(data)),
+}
 _BOOKEND = b"\xff" * 32
 
 
@@ -75,12 +82,14 @@ def _chunks(data: bytes) -> Iterator[bytes]:
     while place < len(data):
         version, compression = data[place], data[place + 4]
         stored = int.from_bytes(data[place + 1 : place + 4], "little")
-        if version != 0 or compression != 0:
-            raise RefusedError(
-                f"version {version}, compression {compression}: only random bytes here"
-            )
+        size = int.from_bytes(data[place + 5 : place + 8], "little")
+        if version != 0 or compression not in _DECOMPRESS:
+            raise RefusedError(f"version {version}, compression {compression}")
         place += 8
-        yield data[place : place + stored]
+        chunk = _DECOMPRESS[compression](data[place : place + stored])
+        if len(chunk) != size:
+            raise RefusedError(f"a chunk of {len(chunk)} bytes, not {size}")
+        yield chunk
         place += stored
 
 
