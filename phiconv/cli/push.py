@@ -65,9 +65,7 @@ def push(
         if as_json:
             print_json(_as_json(plan))
         return
-    if not quiet:
-        # one line every half minute where there is no terminal
-        logging.getLogger("huggingface_hub").setLevel(logging.INFO)
+    _show_progress(quiet)
     try:
         done = push_release(
             plan,
@@ -86,6 +84,16 @@ def push(
     else:
         state = "pushed" if done.new else "it was all there already"
         click.echo(f"{state}, and the same as {folder}: {done.url}")
+
+
+def _show_progress(quiet: bool) -> None:
+    """Bars on a terminal; elsewhere a line every half minute; or neither."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if quiet:
+        disable_progress_bars()
+    else:
+        logging.getLogger("huggingface_hub").setLevel(logging.INFO)
 
 
 def _print_plan(plan: PushPlan, delete_others: bool) -> None:

@@ -160,9 +160,11 @@ def verify(path: Path, ignore_missing: bool, threads: int | None, as_json: bool)
 
 
 def _print_verification(found: Verification) -> None:
+    from phiconv.cli.annotations import annotate_failures
     from phiconv.units import size_text
 
     plain = bool(os.environ.get("NO_COLOR"))
+    annotate_failures(f"damaged: {found.path}", map(str, found.problems))
     for problem in found.problems:
         click.echo(f"damaged: {problem}\n  remedy: {problem.remedy}", err=True)
     for note in found.notes:
