@@ -33,8 +33,8 @@ check: $(READY)  ## Lint, format check, types, import directions, generated docu
 docs: $(READY)  ## Regenerate the generated documents.
 	$(BIN)/python docs/generate.py
 
-bench: $(READY)  ## Measure phiconv beside its peers.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+bench: $(READY)  ## Measure phiconv beside its peers: make bench ARGS="--only int4-cpu --runs 3".
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist

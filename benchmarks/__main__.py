@@ -1,135 +1,208 @@
-"""Measures phiconv beside the tools its users would pick instead, in one run on one machine.
+r"""Measures phiconv beside the tools its users would pick instead, in one run on one machine.
 
-    python -m benchmarks                      every case
-    python -m benchmarks --only int4-cpu      one case
-    python -m benchmarks --runs 3 --layers 8  smaller and repeated
+    \b
+    python -m benchmarks                               everything
+    python -m benchmarks --only int4-cpu               one piece of work
+    python -m benchmarks --only int4-cpu --layers 8    on a smaller model
+    python -m benchmarks --only scaling --only largest
 
-Peer and phiconv run alternately on the same synthetic checkpoint, each as a process of its own;
-wall time, CPU time and peak memory are the operating system's. phiconv starts cold: an empty
+All sides run by turns on one checkpoint, each as a process of its own; wall time, CPU time, peak
+memory and bytes read and written are the operating system's. phiconv starts cold: an empty
 workspace for every run, after one run that is not counted and leaves the compiled kernels behind.
+A peer that is not there is listed as not measured. results.json keeps what earlier calls measured,
+and the tables and plots beside it show all of it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
 
-from benchmarks.measure import Usage, middle, run
-from benchmarks.synthetic import Shape, write_checkpoint
+from benchmarks import models
+from benchmarks.cases import CASES, LARGEST, SCALING_LAYERS, SCALING_RECIPE, Case
+from benchmarks.measure import Usage
+from benchmarks.plots import draw_figures, draw_scaling
+from benchmarks.results import (
+    Measured,
+    entry_of,
+    figures_table,
+    save,
+    scaling_entry,
+    scaling_table,
+    targets_table,
+)
+from benchmarks.sides import Done, Peers, Place, Side, divergence, phiconv, size_of
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One piece of work and the command that each side does it with.
-
-    Attributes:
-        recipe: phiconv's recipe.
-        peer: Name of the peer.
-        command: The peer's command, from checkpoint, output folder and cache folder.
-    """
-
-    recipe: str
-    peer: str
-    command: Callable[[Path, Path, Path], list[str]]
-
-
-def _builder(precision: str, provider: str) -> Callable[[Path, Path, Path], list[str]]:
-    def command(checkpoint: Path, out: Path, cache: Path) -> list[str]:
-        module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        paths = ["-i", str(checkpoint), "-o", str(out), "-c", str(cache)]
-        return [*module, *paths, "-p", precision, "-e", provider]
-
-    return command
+RESULTS = "results.json"
+PACKAGES = (
+    *("phiconv", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "numba"),
+    *("olive-ai", "llama-cpp-python"),
+)
 
 
-CASES = {
-    "int4-cpu": Case("int4-cpu.yaml", "onnxruntime-genai builder", _builder("int4", "cpu")),
-    "int4-cuda": Case("int4-cuda.yaml", "onnxruntime-genai builder", _builder("int4", "cuda")),
-    "fp16-cuda": Case("fp16-cuda.yaml", "onnxruntime-genai builder", _builder("fp16", "cuda")),
-}
+def _measure(case: Case, peers: Peers, layers: int | None, scratch: Path, runs: int) -> Measured:
+    """Rounds in which every side works once; the first of phiconv's runs is not counted."""
+    measured = Measured(None if case.model == "tiny" else layers)
+    measured.not_measured = {
+        name: reason for name, side in case.sides.items() if (reason := side.missing(peers))
+    }
+    sides = {name: s for name, s in case.sides.items() if name not in measured.not_measured}
+    with models.checkpoint(case.model, layers, scratch, keep=True) as checkpoint:
+        weights = 0 if case.model == "tiny" else models.parameters(case.model, layers)
+        for index in range(runs + 1):
+            made: dict[str, Path] = {}
+            for name, side in sides.items():
+                work = scratch / "run" / str(len(made))
+                work.mkdir(parents=True)
+                done = _run(name, side, Place(checkpoint, work, peers, made, weights))
+                if done.artifact is not None:
+                    measured.sizes[name] = size_of(done.artifact)
+                made[name] = done.artifact or work
+                if index == 0:
+                    break
+                measured.rounds.setdefault(name, []).append(done.usage)
+            shutil.rmtree(scratch / "run")
+    return measured
 
 
-def _phiconv(case: Case, checkpoint: Path, work: Path) -> tuple[list[str], dict[str, str]]:
-    command = [sys.executable, "-m", "phiconv", "build", str(RECIPES / case.recipe)]
-    command += ["--model", str(checkpoint), "--out", str(work / "out"), "--skip-validation"]
-    return command, {"PHICONV_HOME": str(work / "home")}
+def _run(name: str, side: Side, place: Place) -> Done:
+    done = side.run(place)
+    click.echo(f"  {name}: {done.usage.wall:.1f} s, {done.usage.cpu:.1f} s of CPU", err=True)
+    return done
 
 
-def _measure_case(case: Case, checkpoint: Path, scratch: Path, runs: int) -> dict[str, Usage]:
-    """Median usage of both sides; the counted runs alternate."""
-    usages: dict[str, list[Usage]] = {"phiconv": [], "peer": []}
-    for index in range(runs + 1):
-        work = scratch / "run"
-        command, env = _phiconv(case, checkpoint, work)
-        work.mkdir()
-        usage = run(command, log=scratch / "phiconv.log", env=env)
-        shutil.rmtree(work)
-        if index == 0:
+def _accuracy(case: Case, measured: Measured, peers: Peers, scratch: Path) -> None:
+    """The divergence of what each side makes of the trained checkpoint."""
+    folder = scratch / "accuracy"
+    for name, side in case.sides.items():
+        if side.converts and name not in measured.not_measured:
+            work = folder / "work"
+            work.mkdir(parents=True)
+            done = side.run(Place(models.TINY, work, peers, {}, 0))
+            assert done.artifact is not None
+            measured.divergences[name] = divergence(done.artifact, models.TINY, folder)
+            shutil.rmtree(work)
+
+
+def _scaling(peers: Peers, scratch: Path, *, largest: bool, keep: bool) -> dict[str, Any]:
+    """Builds alone, without a peer, with more and more layers, or on the largest shape."""
+    side = phiconv(SCALING_RECIPE)
+    usages: dict[int, Usage] = {}
+    shapes = [(LARGEST, None)] if largest else [("3.8 B", count) for count in SCALING_LAYERS]
+    for model, count in shapes:
+        with models.checkpoint(model, count, scratch, keep=keep) as checkpoint:
+            work = scratch / "run"
+            work.mkdir()
+            done = _run(f"{model}, {count or 'all'} layers", side, _place(checkpoint, work, peers))
+            usages[count or 0] = done.usage
+            shutil.rmtree(work)
+    return scaling_entry({} if largest else usages, usages[0] if largest else None, _environment())
+
+
+def _place(checkpoint: Path, work: Path, peers: Peers) -> Place:
+    return Place(checkpoint, work, peers, {}, 0)
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
-        usages["phiconv"].append(usage)
-        peer = case.command(checkpoint, work / "peer", work / "cache")
-        work.mkdir()
-        usages["peer"].append(run(peer, log=scratch / "peer.log"))
-        shutil.rmtree(work)
-    return {side: middle(measured) for side, measured in usages.items()}
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": versions,
+    }
 
 
-def _row(name: str, case: Case, ours: Usage, theirs: Usage) -> str:
-    return (
-        f"| {name} | {case.peer} "
-        f"| {theirs.wall:.1f} s → {ours.wall:.1f} s (**{theirs.wall / ours.wall:.1f}×**) "
-        f"| {theirs.cpu:.1f} s → {ours.cpu:.1f} s ({theirs.cpu / ours.cpu:.1f}×) "
-        f"| {theirs.peak_rss / 1e9:.2f} GB → {ours.peak_rss / 1e9:.2f} GB "
-        f"(**1/{theirs.peak_rss / ours.peak_rss:.1f}**) |"
-    )
-
-
-def _environment() -> dict[str, str]:
-    packages = ("phiconv", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "numba")
-    versions = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), "machine": platform.machine(), **versions}
+def _write_reports(out: Path) -> str:
+    """Tables and plots of everything in results.json; returns the tables."""
+    results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+    cases = {name: results[name] for name in CASES if name in results}
+    tables = []
+    if cases:
+        tables += [figures_table(cases), targets_table(cases)]
+        draw_figures(out / "wall.svg", cases, "wall", "seconds")
+        draw_figures(out / "memory.svg", cases, "peak_rss", "peak memory, GB")
+    for name in ("scaling", "largest"):
+        if name in results:
+            tables.append(scaling_table(results[name]))
+    if "scaling" in results:
+        draw_scaling(out / "scaling.svg", results["scaling"])
+    text = "\n\n".join(tables) + "\n"
+    (out / "results.md").write_text(text, encoding="utf-8")
+    return text
 
 
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(list(CASES)), multiple=True, help="Cases to run.")
-@click.option("--runs", default=1, show_default=True, help="Counted runs of each side.")
-@click.option("--layers", default=32, show_default=True, help="Layers of the synthetic model.")
+@click.option(
+    "--only",
+    type=click.Choice([*CASES, "scaling", "largest"]),
+    multiple=True,
+    help="What to measure.",
+)
+@click.option("--runs", default=1, show_default=True, help="Counted rounds.")
+@click.option("--layers", type=int, help="Layers of synthetic models [default: the shape's].")
+@click.option("--threads", default=os.cpu_count(), show_default=True, help="Threads of each side.")
+@click.option("--llama-cpp", help="Folder of llama.cpp's sources.")
+@click.option("--llama-python", help="A Python with llama-cpp-python.")
+@click.option("--olive-python", help="A Python with olive-ai.")
+@click.option("--no-kl", is_flag=True, help="Leave the accuracy on the trained checkpoint out.")
 @click.option(
     "--scratch",
     type=click.Path(path_type=Path),
     default=Path("build/bench"),
     show_default=True,
-    help="Folder for checkpoints and outputs; it needs 20 GB for 32 layers.",
+    help="Folder for checkpoints and outputs: 20 GB for 3.8 B, 45 GB for the largest.",
 )
-@click.option("--keep", is_flag=True, help="Keep the synthetic checkpoint.")
-def main(only: tuple[str, ...], runs: int, layers: int, scratch: Path, keep: bool) -> None:
-    """Run the cases and print a Markdown table; results.json has every figure."""
-    checkpoint = scratch / f"phi3-mini-{layers}-layers"
-    scratch.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(scratch / "run", ignore_errors=True)
-    if not (checkpoint / "model.safetensors.index.json").exists():
-        size = write_checkpoint(checkpoint, Shape(layers=layers))
-        click.echo(f"wrote {checkpoint}, {size / 2**30:.2f} GiB", err=True)
-    results: dict[str, object] = {"environment": _environment(), "layers": layers, "runs": runs}
-    click.echo("| work | peer | wall: peer → phiconv | CPU | peak memory |")
-    click.echo("|---|---|---|---|---|")
-    for name in only or CASES:
-        usage = _measure_case(CASES[name], checkpoint, scratch, runs)
-        results[name] = {side: asdict(figures) for side, figures in usage.items()}
-        click.echo(_row(name, CASES[name], usage["phiconv"], usage["peer"]))
-    (scratch / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of results.json, tables and plots [default: the scratch folder].",
+)
+@click.option("--keep", is_flag=True, help="Keep the synthetic checkpoints.")
+def main(
+    only: tuple[str, ...],
+    runs: int,
+    layers: int | None,
+    scratch: Path,
+    out: Path | None,
+    keep: bool,
+    no_kl: bool,
+    **peers_at: Any,
+) -> None:
+    """Measure, and write results.json, results.md and plots."""
+    scratch, peers = scratch.absolute(), Peers(**peers_at)
+    out = (out or scratch).absolute()
+    for folder in (scratch, out):
+        folder.mkdir(parents=True, exist_ok=True)
+    wanted = only or (*CASES, "scaling", "largest")
+    for name in ("run", "accuracy"):
+        shutil.rmtree(scratch / name, ignore_errors=True)
+    for name in wanted:
+        click.echo(name, err=True)
+        if name in CASES:
+            measured = _measure(CASES[name], peers, layers, scratch, runs)
+            if not no_kl:
+                _accuracy(CASES[name], measured, peers, scratch)
+            save(out / RESULTS, name, entry_of(name, measured, _environment()))
+        else:
+            entry = _scaling(peers, scratch, largest=name == "largest", keep=keep)
+            save(out / RESULTS, name, entry)
+    shutil.rmtree(scratch / "accuracy", ignore_errors=True)
     if not keep:
-        shutil.rmtree(checkpoint)
+        for folder in scratch.glob("*-layers"):
+            shutil.rmtree(folder)
+    click.echo(_write_reports(out))
 
 
 if __name__ == "__main__":
