@@ -88,7 +88,7 @@ def push(
 
 def _show_progress(quiet: bool) -> None:
     """Bars on a terminal; elsewhere a line every half minute; or neither."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if quiet:
         disable_progress_bars()
