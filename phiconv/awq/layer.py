@@ -189,7 +189,9 @@ class _Trial:
     ) -> _Trial:
         factor = None
         if settings.rounding == "gptq":
-            factor = GramFactor.of(statistics.gram, settings.damping, name)
+            factor = GramFactor.of(
+                statistics.gram, settings.damping, settings.grid.group_size, name
+            )
         sample = sampled_rows(len(stored), _SEARCH_ROWS)
         energy = _output_energy(stored[sample].astype(np.float32), statistics.gram)
         return cls(stored, rows, sample, statistics, settings, factor, energy)

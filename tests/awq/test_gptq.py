@@ -48,10 +48,19 @@ def output_error(errors: np.ndarray, gram: np.ndarray) -> float:
 @pytest.mark.parametrize("size", [96, 128, 300])
 def test_the_factor_is_the_gram_matrix(size: int) -> None:
     gram = inputs(size)
-    upper = GramFactor.of(gram, DAMPING, "w").upper.numpy().astype(np.float64)
+    found = GramFactor.of(gram, DAMPING, 32, "w")
+    upper = found.upper.numpy().astype(np.float64)
     pivots = upper.diagonal()
     factor = np.triu(upper, 1) * pivots + np.diag(pivots)
-    assert np.allclose(factor @ factor.T, damped(gram), rtol=0, atol=2e-6 * float(gram.max()))
+    reordered = damped(gram)[np.ix_(found.order, found.order)]
+    assert np.allclose(factor @ factor.T, reordered, rtol=0, atol=2e-6 * float(gram.max()))
+
+
+def test_groups_come_by_falling_energy_and_stay_together() -> None:
+    gram = torch.diag(torch.tensor([1.0, 2, 9, 8, 3, 3, 7]))
+    found = GramFactor.of(gram, DAMPING, 2, "w")
+    assert found.order.tolist() == [2, 3, 4, 5, 1, 0, 6]
+    assert found.groups.tolist() == [1, 2, 0, 3]
 
 
 def plain_gptq(values: np.ndarray, gram: np.ndarray, codes: Codes, group_size: int) -> np.ndarray:
@@ -70,10 +79,14 @@ def plain_gptq(values: np.ndarray, gram: np.ndarray, codes: Codes, group_size: i
 def test_codes_are_those_of_the_paper() -> None:
     gram, weight = inputs(256), folded(40, 256)
     grid = Grid(4, 32, False)
-    codes = Gptq(grid, "none", 1).round(weight, GramFactor.of(gram, DAMPING, "w"))
+    factor = GramFactor.of(gram, DAMPING, 32, "w")
+    codes = Gptq(grid, "none", 1).round(weight, factor)
     values = weight.stored.astype(np.float64) * weight.columns * weight.rows[:, None]
     scaled = damped(gram) / np.outer(weight.columns, weight.columns)
-    expected = plain_gptq(values, scaled, codes, 32)
+    order = factor.order
+    expected = np.empty((40, 256))
+    reordered = Codes(codes.codes, codes.scales[:, factor.groups], codes.zeros[:, factor.groups], 0)
+    expected[:, order] = plain_gptq(values[:, order], scaled[np.ix_(order, order)], reordered, 32)
     # float32 rounds a value that lies between two codes the other way now and then, and the rest
     # of such a row follows
     assert np.mean(codes.codes == expected) > 0.97
@@ -87,7 +100,7 @@ def test_less_is_lost_than_by_rounding_to_the_nearest(
 ) -> None:
     gram, weight = inputs(512), folded(64, 512)
     grid = Grid(bits, group_size, symmetric)
-    codes = Gptq(grid, "mse", 2).round(weight, GramFactor.of(gram, DAMPING, "w"))
+    codes = Gptq(grid, "mse", 2).round(weight, GramFactor.of(gram, DAMPING, group_size, "w"))
     lost = output_error(rounded(codes, weight, group_size) - weight.stored, damped(gram))
     nearest = output_error(Nearest(grid, "mse", 2).errors(weight), damped(gram))
     assert codes.loss == pytest.approx(lost, rel=1e-4)
@@ -99,7 +112,7 @@ def test_less_is_lost_than_by_rounding_to_the_nearest(
 def test_packed_codes_are_what_the_operator_reads(bits: int, size: int, symmetric: bool) -> None:
     gram, weight = inputs(size), folded(5, size)
     grid = Grid(bits, 32, symmetric)
-    codes = Gptq(grid, "none", 1).round(weight, GramFactor.of(gram, DAMPING, "w"))
+    codes = Gptq(grid, "none", 1).round(weight, GramFactor.of(gram, DAMPING, 32, "w"))
     packed = codes.packed(grid)
     shapes = layout(5, size, bits=bits, block_size=32)
     assert packed.codes.shape == shapes.packed
@@ -123,7 +136,7 @@ def test_threads_and_the_other_rows_do_not_change_codes() -> None:
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        factors.append(GramFactor.of(gram, DAMPING, "w"))
+        factors.append(GramFactor.of(gram, DAMPING, 64, "w"))
     torch.set_num_threads(before)
     assert torch.equal(factors[0].upper, factors[1].upper)
     grid = Grid(4, 64, True)
@@ -137,9 +150,9 @@ def test_threads_and_the_other_rows_do_not_change_codes() -> None:
 def test_inputs_that_are_always_zero_are_harmless() -> None:
     gram, weight = inputs(64), folded(8, 64)
     gram[10] = gram[:, 10] = 0
-    codes = Gptq(Grid(4, 32, False), "mse", 1).round(weight, GramFactor.of(gram, DAMPING, "w"))
+    codes = Gptq(Grid(4, 32, False), "mse", 1).round(weight, GramFactor.of(gram, DAMPING, 32, "w"))
     assert np.isfinite(codes.loss)
-    zero = GramFactor.of(torch.zeros(64, 64), DAMPING, "w")
+    zero = GramFactor.of(torch.zeros(64, 64), DAMPING, 32, "w")
     assert Gptq(Grid(4, 32, False), "mse", 1).round(weight, zero).loss < 1e3
 
 
@@ -147,4 +160,4 @@ def test_what_cannot_be_factored_is_named() -> None:
     gram = -1000 * torch.ones(64, 64)
     gram.fill_diagonal_(1.0)
     with pytest.raises(StageError, match=r"inputs of model\.layers\.3\.x are degenerate"):
-        GramFactor.of(gram, DAMPING, "model.layers.3.x")
+        GramFactor.of(gram, DAMPING, 32, "model.layers.3.x")
