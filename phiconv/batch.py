@@ -148,6 +148,8 @@ def make_plans(
         plans.append(make_plan(recipe, opened[source], workspace, registry, rebuild=rebuild))
     if locks is not None:
         check_plans(plans, locks)
+        for name, locked in locks.items():
+            display.note(f"{name}: all as locked in {locked.file}")
     return plans
 
 

@@ -96,6 +96,7 @@ def test_a_locked_build_is_the_build(locked: Path, phiconv: Terminal, tmp_path: 
     out = tmp_path / "out"
     done = phiconv("build", str(locked), "--locked", "--skip-validation", "--out", str(out))
     assert done.code == 0, done.err
+    assert f"locked: all as locked in {lock_of(locked)}\n" in done.err
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     document = json.loads(lock_of(locked).read_text(encoding="utf-8"))
     assert manifest["steps"]
