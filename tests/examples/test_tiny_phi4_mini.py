@@ -63,6 +63,7 @@ def test_the_tokenizer_is_the_first_checkpoint_s() -> None:
         assert one == two
 
 
+@pytest.mark.slow
 def test_held_out_perplexity_is_the_readme_s() -> None:
     card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
     stated = {
