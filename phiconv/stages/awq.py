@@ -169,8 +169,8 @@ class Awq:
         artifact = config.num_hidden_layers * (codes + clips + factors)
         if params.backend == "autoawq":  # the model in fp32, and the inputs of a layer's weights
             model = weights * config.num_hidden_layers + 2 * hidden * config.vocab_size
-            inputs = stream // hidden * (2 * hidden + attention + intermediate)
-            return Estimate(artifact, INTERPRETER_BYTES + 4 * model + 2 * stream + inputs)
+            features = stream // hidden * (2 * hidden + attention + intermediate)
+            return Estimate(artifact, INTERPRETER_BYTES + 4 * model + 2 * stream + features)
         return Estimate(
             disk_bytes=2 * artifact + 2 * stream,
             ram_bytes=INTERPRETER_BYTES + stream + max(running, searching) + codes,
