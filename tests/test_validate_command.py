@@ -274,3 +274,16 @@ def test_the_default_folder_is_named_after_the_artifact(
     assert {path.name for path in out.iterdir()} == REPORTS
     document = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert document["result"]["recipe"] == "my-model"
+
+
+def test_length_probes_on_request(phiconv: Terminal, tmp_path: Path) -> None:
+    source = write_phi3_checkpoint(tmp_path / "checkpoint", sliding_window=40)
+    artifact = write_onnx_artifact(source, tmp_path / "artifact")
+    out = tmp_path / "out"
+    done = phiconv(
+        "validate", str(artifact), "--reference", str(source), "--out", str(out), *SHORT,
+        "--runtime", "onnxruntime-genai", "--length-probes",
+    )  # fmt: skip
+    assert "length probes  clean  2 compared, none leaves the reference" in done.out
+    (found,) = read_report((out / "report.json").read_text(encoding="utf-8"), "out").validations
+    assert [probe.position for probe in found.measurement.length_probes] == [40, 40]

@@ -30,6 +30,11 @@ from phiconv.cli.subject import subject_options
     help="Tokens of the greedy generation, with a runtime that generates.",
 )
 @click.option(
+    "--length-probes",
+    is_flag=True,
+    help="Also compare on both sides of the sliding window and of LongRoPE's switch.",
+)
+@click.option(
     "--reference-device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
