@@ -185,7 +185,10 @@ def _gguf_stages(model: Model, target: Target) -> list[str]:
 
 
 def _onnx_stages(model: Model, target: Target) -> list[str]:
-    export = f"  - {{id: onnx, uses: export-onnx, with: {{provider: {target.provider}}}}}"
+    precision = ", precision: fp16" if target.method is None else ""
+    export = (
+        f"  - {{id: onnx, uses: export-onnx, with: {{provider: {target.provider}{precision}}}}}"
+    )
     if target.method is None:
         return [export]
     awq = target.method == "awq"

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from phiconv.checkpoint.config import ModelConfig
-from phiconv.recipe import load
+from phiconv.recipe import Recipe, load
 from phiconv.recipe.document import read
 from phiconv.recipe.schema import recipe_schema
 from phiconv.runtimes.length_limits import boundaries
@@ -156,3 +156,26 @@ def test_a_recipe_fits_its_model(file: Path) -> None:
 @cache
 def _schema() -> dict[str, Any]:
     return recipe_schema()
+
+
+def test_the_recipes_beside_them_make_the_same_artifacts() -> None:
+    """recipes/*.yaml are Phi-3-mini-4k's by shorter names."""
+    compared = 0
+    family = [load(file) for file in FILES if file.parent.name == "phi-3-mini-4k-instruct"]
+    for file in sorted(RECIPES.glob("*.yaml")):
+        short = load(file)
+        for long in family:
+            if _made_by(long) == _made_by(short):
+                compared += 1
+                assert long.text.model == short.text.model
+                assert long.text.release == short.text.release
+    assert compared == len(family)
+
+
+def _made_by(recipe: Recipe) -> list[tuple[str, Any]]:
+    """The stages that shape the artifact."""
+    return [
+        (use.stage.name, use.params.model_dump())
+        for use in recipe.stages
+        if use.stage.name != "validate"
+    ]
