@@ -54,7 +54,8 @@ class Target:
         title: First line of the recipe.
         path: Folder in the release.
         provider: Of the graph and of its validation; None for GGUF.
-        method: `rtn` rounds to nearest, `awq` after searching scales; None leaves floats.
+        method: `rtn` rounds to nearest; `awq` searches scales, then rounds by GPTQ; None leaves
+            floats.
         block_size: Weights that share a scale.
         accuracy_level: MatMulNBits attribute; 0 leaves it out.
         file_type, suffix: GGUF type and the end of the file's name.
@@ -197,26 +198,28 @@ def _onnx_stages(model: Model, target: Target) -> list[str]:
         f"block_size: {target.block_size}",
         f"symmetric: {'false' if awq else 'true'}",
     ]
-    search = (
-        f"  - {{id: awq, uses: awq, with: {{bits: 4, group_size: {target.block_size}, "
-        "symmetric: false}}"
-    )
-    settings = [
+    search = [
+        "  - id: awq",
+        "    uses: awq",
+        f"    with: {{bits: 4, group_size: {target.block_size}, symmetric: false, search: mse, "
+        "rounding: gptq}",
+    ]
+    rounding = [
         *grid,
-        *([] if awq else ["search: mse"]),
+        "search: mse",
         *([f"accuracy_level: {target.accuracy_level}"] if target.accuracy_level else []),
         "lm_head: {bits: 8}",
         # DirectML has no kernel for a quantized embedding
         *(["embedding: {bits: 8}"] if model.tied and target.provider != "dml" else []),
     ]
     return [
-        *([search] if awq else []),
+        *(search if awq else []),
         export,
         "  - id: int4",
         "    uses: quantize",
         *(["    from: [onnx, awq]"] if awq else []),
         "    with:",
-        *(f"      {setting}" for setting in settings),
+        *(f"      {setting}" for setting in rounding),
     ]
 
 
