@@ -26,8 +26,8 @@ from typing import Any
 import click
 
 from benchmarks import models
-from benchmarks.cases import CASES, LARGEST, SCALING_LAYERS, SCALING_RECIPE, Case
-from benchmarks.measure import Usage
+from benchmarks.cases import CASES, LARGEST, OURS, SCALING_LAYERS, SCALING_RECIPE, Case
+from benchmarks.measure import CommandFailedError, Usage
 from benchmarks.plots import draw_figures, draw_scaling
 from benchmarks.results import (
     Measured,
@@ -58,18 +58,34 @@ def _measure(case: Case, peers: Peers, layers: int | None, scratch: Path, runs: 
         weights = 0 if case.model == "tiny" else models.parameters(case.model, layers)
         for index in range(runs + 1):
             made: dict[str, Path] = {}
-            for name, side in sides.items():
+            for name in list(sides) if index else [OURS]:
                 work = scratch / "run" / str(len(made))
+                shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True)
-                done = _run(name, side, Place(checkpoint, work, peers, made, weights))
+                try:
+                    done = _run(name, sides[name], Place(checkpoint, work, peers, made, weights))
+                except CommandFailedError as error:
+                    _give_up(name, error, sides, measured)
+                    continue
                 if done.artifact is not None:
                     measured.sizes[name] = size_of(done.artifact)
                 made[name] = done.artifact or work
-                if index == 0:
-                    break
-                measured.rounds.setdefault(name, []).append(done.usage)
+                if index:
+                    measured.rounds.setdefault(name, []).append(done.usage)
             shutil.rmtree(scratch / "run")
     return measured
+
+
+def _give_up(
+    name: str, error: CommandFailedError, sides: dict[str, Side], measured: Measured
+) -> None:
+    """Leaves a side that fails out of the rounds; what phiconv cannot do ends everything."""
+    if name == OURS:
+        raise error
+    del sides[name]
+    measured.rounds.pop(name, None)
+    measured.not_measured[name] = f"failed: {str(error).strip().splitlines()[-1]}"
+    click.echo(f"  {name}: {measured.not_measured[name]}", err=True)
 
 
 def _run(name: str, side: Side, place: Place) -> Done:

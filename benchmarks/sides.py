@@ -44,7 +44,7 @@ class Peers:
     Attributes:
         llama_cpp: Folder of llama.cpp's sources, for `convert_hf_to_gguf.py`.
         llama_python: A Python with llama-cpp-python, for `llama_model_quantize`.
-        olive_python: A Python with olive-ai.
+        olive_python: A Python with olive-ai, where this one has none that works.
         threads: Threads for those who take a number.
     """
 
@@ -170,10 +170,11 @@ def olive(precision: str) -> Side:
     """Olive's command for the same: its ModelBuilder pass."""
 
     def missing(peers: Peers) -> str | None:
-        return None if peers.olive_python else "no --olive-python with olive-ai"
+        return None if peers.olive_python else _module_missing("olive")
 
     def capture(place: Place) -> Done:
-        command = [str(place.peers.olive_python), "-m", "olive", "capture-onnx-graph"]
+        python = place.peers.olive_python or sys.executable
+        command = [python, "-m", "olive", "capture-onnx-graph"]
         command += ["-m", str(place.checkpoint), "-o", str(place.work / "out")]
         command += ["--use_model_builder", "--precision", precision, "--conversion_device", "cpu"]
         usage = run([*command, "--disable_telemetry"], log=place.log)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -80,3 +83,23 @@ class Meter:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Stops the garbage collector while large packages are imported.
+
+    They make millions of objects that stay; looking through them again and again takes a quarter of
+    the seconds that torch, transformers and the model builder need. What the first of them made is
+    exempt from then on; later there may be garbage, which must not become exempt with it.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+        gc.enable()

@@ -26,7 +26,7 @@ from phiconv.report.results import (
     TensorKindRecord,
     Validation,
 )
-from phiconv.resources import Meter, Usage
+from phiconv.resources import Meter, Usage, without_collections
 from phiconv.stages.stage import (
     JSON,
     MEASUREMENT,
@@ -35,6 +35,7 @@ from phiconv.stages.stage import (
     Gated,
     InputRef,
     Preloading,
+    Stage,
     StageContext,
 )
 from phiconv.units import size_text
@@ -117,11 +118,16 @@ def open_checkpoint(
 
 
 def _preload(recipe: Recipe) -> None:
-    """Imports what the stages need; what is missing is said by the stage that needs it."""
+    """Imports what the stages need."""
     for use in recipe.stages:
-        if isinstance(use.stage, Preloading):
-            with suppress(PhiconvError, ImportError):
-                use.stage.preload()
+        _preload_stage(use.stage)
+
+
+def _preload_stage(stage: Stage) -> None:
+    """Imports what a stage needs; what is missing is said by the stage itself."""
+    if isinstance(stage, Preloading):
+        with suppress(PhiconvError, ImportError), without_collections():
+            stage.preload()
 
 
 def build(
@@ -243,6 +249,7 @@ class Runner:
                 unfinished=unfinished,
             )
             try:
+                _preload_stage(step.stage)
                 facts = step.stage.run(step.params, context)
                 usage = meter.usage()
                 if step.stage.produces == ONNX:

@@ -306,7 +306,7 @@ class Preloading(Protocol):
     """A stage whose imports take seconds, which can pass while the checkpoint is hashed."""
 
     def preload(self) -> None:
-        """Imports what `run` needs; called in a thread of its own, and only when it will run."""
+        """Imports what `run` needs; called before it, also from another thread."""
         ...
 
 

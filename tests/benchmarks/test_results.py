@@ -38,7 +38,7 @@ def measured() -> Measured:
         },
         sizes={OURS: 3 * 10**9},
         divergences={OURS: 0.0137, BUILDER: None},
-        not_measured={OLIVE: "no --olive-python with olive-ai"},
+        not_measured={OLIVE: "olive is not installed"},
     )
 
 
@@ -78,7 +78,7 @@ def test_tables_show_everything(measured: Measured, tmp_path: Path) -> None:
     work = "int4 for CPU, ONNX, 3.8 B, layers: 8"
     row = "10.0 s | 16.0 s | 1.00 GB | 0.00 GB | 0.00 GB | 3.00 GB | 0.01370 |"
     assert f"| {work} | phiconv | {row}" in figures
-    assert f"| {work} | Olive | not measured: no --olive-python with olive-ai |" in figures
+    assert f"| {work} | Olive | not measured: olive is not installed |" in figures
     targets = targets_table(results)
     assert f"| {work} | wall | {BUILDER} | ≤ 1/10.0 | 1/9.3 (1/11.0 to 1/8.0) | **missed** |" in (
         targets
