@@ -197,4 +197,5 @@ def _noted(item: Item) -> Iterator[str]:
     for validation in item.output.result.validations:
         for check in validation.measurement.checks:
             if check.state in ("warnings", "not_checked"):
-                yield f"{_RUNTIMES[item.output.kind]}, {check.name}: {check.summary}"
+                single = check.findings[0] if len(check.findings) == 1 else check.summary
+                yield f"{_RUNTIMES[item.output.kind]}, {check.name}: {single}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phiconv.checkpoint.folder import is_licence_file
 from phiconv.checkpoint.licence import ModelTerms
 from phiconv.errors import PhiconvError, RecipeError, StageError
 from phiconv.index import INDEX
@@ -14,6 +15,7 @@ from phiconv.publish import ARTIFACT, MANIFEST, REPORT
 from phiconv.report.results import RunResult
 from phiconv.stages.stage import GGUF, ONNX
 from phiconv.verify.output import contradictions, read_manifest, read_result
+from phiconv.verify.sums import is_portable
 
 _BUILD = "give output folders of `phiconv build`, or the folder that holds them"
 
@@ -120,7 +122,24 @@ def _open(folder: Path) -> Output:
             where=str(folder),
             remedy="build it again: nothing has to be recomputed",
         )
-    return Output(folder, manifest, result)
+    output = Output(folder, manifest, result)
+    _check_paths(output)
+    return output
+
+
+def _check_paths(output: Output) -> None:
+    """An output may come from elsewhere: nothing it names leads out of its folder."""
+    single = [*output.terms.files, output.name]
+    names = [*output.files, *output.reports, *single]
+    strange = [name for name in names if not is_portable(name)]
+    strange += [name for name in single if "/" in name]
+    strange += [name for name in output.terms.files if not is_licence_file(name)]
+    if strange:
+        raise StageError(
+            f"{MANIFEST} names {strange[0]!r}, which cannot be a file of its own",
+            where=str(output.folder),
+            remedy="this may be an attack; build it yourself",
+        )
 
 
 def raise_all(errors: Sequence[PhiconvError]) -> None:

@@ -191,14 +191,18 @@ def _check_collisions(items: Sequence[Item], terms: ModelTerms) -> None:
         for name, (sha256, _) in item.output.files.items():
             path = item.files[name]
             holder, digest = taken.setdefault(path.lower(), (item.output.name, sha256))
-            reserved = path.lower().startswith(f"{REPORTS}/") or not is_portable(path)
-            if reserved or (holder != item.output.name and digest != sha256):
-                who = "the release itself has it" if reserved else f"{holder} has it, too"
-                errors.append(
-                    RecipeError(
-                        f"{item.output.name}: {path} cannot be shipped: {who}",
-                        where=str(item.output.folder),
-                        remedy="give the recipes different `release: {path: …}` or file names",
-                    )
-                )
+            if not is_portable(path):
+                errors.append(_unshippable(item, path, "it is no path inside the release"))
+            elif path.lower().startswith(f"{REPORTS}/"):
+                errors.append(_unshippable(item, path, f"{REPORTS}/ is the release's own"))
+            elif holder != item.output.name and digest != sha256:
+                errors.append(_unshippable(item, path, f"{holder} has another such file"))
     raise_all(errors)
+
+
+def _unshippable(item: Item, path: str, why: str) -> RecipeError:
+    return RecipeError(
+        f"{item.output.name}: {path} cannot be shipped: {why}",
+        where=str(item.output.folder),
+        remedy="give the recipes different `release: {path: …}` or file names",
+    )

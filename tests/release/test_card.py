@@ -16,7 +16,7 @@ from phiconv.checkpoint.licence import ModelTerms
 from phiconv.release import ReleaseOptions, ReleasePlan, plan_release
 from phiconv.release.card import card_markdown, front_matter
 from phiconv.release.licence import card_licence, cyclonedx_licences
-from phiconv.report.results import KnownLimit, RunResult
+from phiconv.report.results import Check, KnownLimit, RunResult
 from tests.release.builds import FP16, GGUF, copied, edit_result
 
 
@@ -107,7 +107,8 @@ def test_known_limits_of_the_runtime_are_listed(dist: dict[str, Path], tmp_path:
 
     def limited(result: RunResult) -> RunResult:
         (found,) = result.validations
-        measurement = replace(found.measurement, known_limits=(limit,))
+        note = Check("graph", "warnings", "1 warning", ("no window in layer 0",))
+        measurement = replace(found.measurement, known_limits=(limit,), checks=(note,))
         return replace(result, validations=(replace(found, measurement=measurement),))
 
     output = copied(dist[GGUF], tmp_path / "out")
@@ -115,6 +116,7 @@ def test_known_limits_of_the_runtime_are_listed(dist: dict[str, Path], tmp_path:
     card = card_markdown(plan_release([output], ReleaseOptions()))
     statement = "- From position 2047, in llama.cpp: attends to all \\| of it"
     assert f"{statement} (`gguf/Phi-3-mini-4k-instruct-q4.gguf`)" in card
+    assert "- llama.cpp, graph: no window in layer 0" in card
 
 
 def test_gguf_alone(dist: dict[str, Path]) -> None:

@@ -14,7 +14,16 @@ from phiconv.recipe.model import Release
 from phiconv.release import ReleaseOptions, ReleasePlan, plan_release
 from phiconv.release.admission import parse_allowances
 from phiconv.report.results import Measurement, RunResult, Validation
-from tests.release.builds import CPU, FP16, GGUF, copied, edit_manifest, edit_result, on_target
+from tests.release.builds import (
+    CPU,
+    FP16,
+    GGUF,
+    Edit,
+    copied,
+    edit_manifest,
+    edit_result,
+    on_target,
+)
 from tests.terminal import Terminal
 
 FALLBACK = "passed on CPUExecutionProvider, target CUDAExecutionProvider not present"
@@ -169,13 +178,14 @@ def test_one_file_name_with_two_contents(dist: Outputs, spoil: Callable[..., Pat
 
     error = refusal(RecipeError, dist[CPU], spoil(FP16, same_place))
     assert f"{place}/model.onnx.data cannot be shipped" in error.message
-    assert "cuda-fp16 has it, too" in error.message
+    assert "cuda-fp16 has another such file" in error.message
 
 
 @pytest.mark.parametrize("path", ["reports/x", "gguf/../x", "/x", "C:/x", "a\\b"])
 def test_a_place_that_is_not_the_artifacts(spoil: Callable[..., Path], path: str) -> None:
     output = spoil(GGUF, lambda result: replace(result, release_path=path))
-    assert "the release itself has it" in refusal(RecipeError, output).message
+    message = refusal(RecipeError, output).message
+    assert ("the release's own" if path == "reports/x" else "no path inside") in message
 
 
 def test_gguf_files_share_a_folder_or_the_top(dist: Outputs, spoil: Callable[..., Path]) -> None:
@@ -199,6 +209,25 @@ def test_manifest_and_report_that_contradict_each_other(dist: Outputs, tmp_path:
     edit_manifest(output, lambda manifest: manifest.update(verdict="ungated"))
     error = refusal(StageError, output)
     assert error.message.startswith("verdict: ") and error.where == str(output)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda manifest: manifest["report"].append("../../x"),
+        lambda manifest: manifest["terms"]["files"].update({"../LICENSE": "x"}),
+        lambda manifest: manifest["terms"]["files"].update({"README.md": "x"}),
+    ],
+)
+def test_names_that_lead_out_of_an_output(dist: Outputs, tmp_path: Path, edit: Edit) -> None:
+    output = copied(dist[CPU], tmp_path / "out")
+    edit_manifest(output, edit)
+    assert "cannot be a file of its own" in refusal(StageError, output).message
+
+
+def test_a_recipe_whose_name_is_a_path(spoil: Callable[..., Path]) -> None:
+    output = spoil(CPU, lambda result: replace(result, recipe="../../x"))
+    assert "names '../../x'" in refusal(StageError, output).message
 
 
 def test_a_manifest_of_an_older_version(dist: Outputs, tmp_path: Path) -> None:
