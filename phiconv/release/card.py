@@ -66,6 +66,7 @@ def card_markdown(plan: ReleasePlan) -> str:
         version=__version__,
         rows=[row for item in plan.items for row in _rows(item)],
         tokens=_token_sets(plan),
+        calibrations=sorted({pair for item in plan.items for pair in item.calibrations}),
         onnx=onnx,
         first=next((item for item in onnx if item.output.target == "cpu"), onnx[0])
         if onnx
@@ -197,5 +198,6 @@ def _noted(item: Item) -> Iterator[str]:
     for validation in item.output.result.validations:
         for check in validation.measurement.checks:
             if check.state in ("warnings", "not_checked"):
-                single = check.findings[0] if len(check.findings) == 1 else check.summary
-                yield f"{_RUNTIMES[item.output.kind]}, {check.name}: {single}"
+                said = check.findings[0] if len(check.findings) == 1 else check.summary
+                said = said.removeprefix("warning: ")
+                yield f"{_RUNTIMES[item.output.kind]}, {check.name}: {said}"

@@ -16,6 +16,8 @@ from phiconv.stages.stage import GGUF
 from phiconv.verify.documents import CARD, PROVENANCE, REPORTS, SBOM
 from phiconv.verify.sums import SUMS, is_portable
 
+_IDS = "ids_digest"
+"""The fact that stages note which read texts."""
 _SUFFIX = {frozenset({"onnx"}): "-onnx", frozenset({"gguf"}): "-gguf"}
 
 
@@ -56,6 +58,15 @@ class Item:
     def size_bytes(self) -> int:
         """Bytes of its files."""
         return sum(size for _, size in self.output.files.values())
+
+    @property
+    def calibrations(self) -> tuple[tuple[str, str], ...]:
+        """Stages that were calibrated on texts, each with the digest of the token ids."""
+        return tuple(
+            (stage.uses, str(stage.facts[_IDS]))
+            for stage in self.output.result.stages
+            if _IDS in stage.facts and stage.uses != "reference"
+        )
 
     @property
     def reports(self) -> str:

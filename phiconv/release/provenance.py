@@ -85,6 +85,9 @@ def _dependencies(plan: ReleasePlan) -> Iterator[dict[str, Any]]:
     for name, digest in sorted(token_sets):
         algorithm, _, content = digest.partition(":")
         yield {"name": f"tokens {name}", "digest": {algorithm: content}}
+    for stage, digest in sorted({pair for item in plan.items for pair in item.calibrations}):
+        algorithm, _, content = digest.partition(":")
+        yield {"name": f"token ids of {stage}", "digest": {algorithm: content}}
     packages = {tool for item in plan.items for tool in item.output.result.tools.items()}
     for name, version in sorted(packages):
         yield {"name": name, "uri": package_url(name, version)}

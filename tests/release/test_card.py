@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from phiconv.checkpoint.licence import ModelTerms
 from phiconv.release import ReleaseOptions, ReleasePlan, plan_release
 from phiconv.release.card import card_markdown, front_matter
 from phiconv.release.licence import card_licence, cyclonedx_licences
+from phiconv.release.provenance import statement_json
 from phiconv.report.results import Check, KnownLimit, RunResult
-from tests.release.builds import FP16, GGUF, copied, edit_result
+from tests.release.builds import CPU, FP16, GGUF, copied, edit_result
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,22 @@ def test_known_limits_of_the_runtime_are_listed(dist: dict[str, Path], tmp_path:
     statement = "- From position 2047, in llama.cpp: attends to all \\| of it"
     assert f"{statement} (`gguf/Phi-3-mini-4k-instruct-q4.gguf`)" in card
     assert "- llama.cpp, graph: no window in layer 0" in card
+
+
+def test_what_was_calibrated_on_is_named(dist: dict[str, Path], tmp_path: Path) -> None:
+    digest = "sha256:" + "5" * 64
+
+    def calibrated(result: RunResult) -> RunResult:
+        first, *rest = result.stages
+        return replace(result, stages=(replace(first, facts={"ids_digest": digest}), *rest))
+
+    output = copied(dist[CPU], tmp_path / "out")
+    edit_result(output, calibrated)
+    plan = plan_release([output], ReleaseOptions())
+    assert f"| calibrated on | export-onnx: token ids {digest} |" in card_markdown(plan)
+    statement = json.loads(statement_json(plan, {}))
+    dependencies = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert {"name": "token ids of export-onnx", "digest": {"sha256": "5" * 64}} in dependencies
 
 
 def test_gguf_alone(dist: dict[str, Path]) -> None:
