@@ -172,6 +172,7 @@ def _write_reports(out: Path) -> str:
 @click.option("--llama-cpp", help="Folder of llama.cpp's sources.")
 @click.option("--llama-python", help="A Python with llama-cpp-python.")
 @click.option("--olive-python", help="A Python with olive-ai.")
+@click.option("--awq-python", help="A Python with phiconv's dependencies and AutoAWQ.")
 @click.option("--no-kl", is_flag=True, help="Leave the accuracy on the trained checkpoint out.")
 @click.option(
     "--scratch",

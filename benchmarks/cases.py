@@ -8,6 +8,7 @@ from typing import Literal
 
 from benchmarks.sides import (
     Side,
+    awq,
     bare_passes,
     builder,
     copy,
@@ -26,6 +27,7 @@ OURS = "phiconv"
 BUILDER = "onnxruntime-genai builder"
 OLIVE = "Olive"
 LLAMA_CPP = "llama.cpp"
+AUTOAWQ = "AutoAWQ"
 COPY = "cp of input and output"
 READ_WRITE = "read input, write output"
 SINGLES = "five single builds"
@@ -125,6 +127,19 @@ CASES: Mapping[str, Case] = {
         "1.1 B",
         {OURS: phiconv("gguf-q4_0"), COPY: copy(), LLAMA_CPP: llama_cpp("Q4_0")},
         (Target("wall", COPY, 2),),
+    ),
+    "awq-tiny": Case(
+        "AWQ search, 128 windows of 512 tokens",
+        "tiny",
+        {OURS: awq(128), AUTOAWQ: awq(128, peer=True)},
+        (Target("wall", AUTOAWQ, 1 / 3), Target("peak_rss", AUTOAWQ, 1 / 3)),
+    ),
+    # AutoAWQ takes hours a layer with 128 windows; both sides try every token, and get fewer alike.
+    "awq": Case(
+        "AWQ search, 4 windows of 512 tokens",
+        "1.1 B",
+        {OURS: awq(4), AUTOAWQ: awq(4, peer=True)},
+        (Target("wall", AUTOAWQ, 1 / 3), Target("peak_rss", AUTOAWQ, 1 / 3)),
     ),
     "validation": Case(
         "validation of an int4 artifact",

@@ -41,6 +41,7 @@ def run(
     *,
     log: Path,
     env: Mapping[str, str] | None = None,
+    folder: Path | None = None,
     expected: Iterable[int] = (0,),
 ) -> Usage:
     """Run a command to its end, its output going to a file.
@@ -49,6 +50,7 @@ def run(
         command: Program and arguments.
         log: Receives standard output and errors.
         env: Variables added to this process's own.
+        folder: Where it runs, if not here.
         expected: Exit codes that are no failure.
 
     Raises:
@@ -57,7 +59,11 @@ def run(
     with log.open("wb") as output:
         start = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            cwd=folder,
         )
         read, written = _bytes_when_done(process.pid)
         # wait4 reports the peak memory of this very process; Popen must not reap it first.

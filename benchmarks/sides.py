@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.awq import measure as measure_awq
 from benchmarks.measure import Usage, run, total
 from phiconv.gguf.file_types import FILE_TYPES, FileTypeName
 
@@ -45,12 +46,14 @@ class Peers:
         llama_cpp: Folder of llama.cpp's sources, for `convert_hf_to_gguf.py`.
         llama_python: A Python with llama-cpp-python, for `llama_model_quantize`.
         olive_python: A Python with olive-ai, where this one has none that works.
+        awq_python: A Python with phiconv's dependencies and AutoAWQ.
         threads: Threads for those who take a number.
     """
 
     llama_cpp: str | None
     llama_python: str | None
     olive_python: str | None
+    awq_python: str | None
     threads: int
 
 
@@ -177,7 +180,8 @@ def olive(precision: str) -> Side:
         command = [python, "-m", "olive", "capture-onnx-graph"]
         command += ["-m", str(place.checkpoint), "-o", str(place.work / "out")]
         command += ["--use_model_builder", "--precision", precision, "--conversion_device", "cpu"]
-        usage = run([*command, "--disable_telemetry"], log=place.log)
+        # It keeps a cache where it runs; every run is to be from cold.
+        usage = run([*command, "--disable_telemetry"], log=place.log, folder=place.work)
         return Done(usage, next((place.work / "out").rglob("*.onnx")).parent)
 
     return Side(capture, missing, converts=True)
@@ -206,6 +210,31 @@ def llama_cpp(name: FileTypeName) -> Side:
         return Done(total([usage, run(command, log=place.log)]), second)
 
     return Side(convert, missing, converts=True)
+
+
+def awq(windows: int, *, peer: bool = False) -> Side:
+    """The stage `awq`, or AutoAWQ as its backend on the same tokens.
+
+    Args:
+        windows: Windows of 512 tokens.
+        peer: AutoAWQ.
+    """
+
+    def missing(peers: Peers) -> str | None:
+        return "no --awq-python with AutoAWQ" if peer and not peers.awq_python else None
+
+    def search(place: Place) -> Done:
+        calibration = {"windows": windows, "compute": "bf16"}
+        parameters = {"group_size": 32, "rounding": "nearest", "calibration": calibration}
+        python = sys.executable
+        if peer:
+            parameters["backend"] = "autoawq"
+            python = str(place.peers.awq_python)
+        folder, threads = place.work / "awq", place.peers.threads
+        found = measure_awq(python, place.checkpoint, folder, parameters, threads)
+        return Done(Usage(found["wall"], found["cpu"], found["peak_rss"]), folder / "out")
+
+    return Side(search, missing)
 
 
 def copy() -> Side:

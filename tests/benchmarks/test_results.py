@@ -117,11 +117,11 @@ def test_every_target_names_a_side_of_its_case() -> None:
 
 
 def test_peers_that_are_not_there_say_so() -> None:
-    nothing = Peers(None, None, None, threads=2)
+    nothing = Peers(None, None, None, None, threads=2)
     for case in ("gguf-q4_k_m", "gguf-q8_0"):
         missing = CASES[case].sides["llama.cpp"].missing
         assert missing(nothing) == "no --llama-cpp with llama.cpp's sources"
-    sources = Peers("llama.cpp", None, None, threads=2)
+    sources = Peers("llama.cpp", None, None, None, threads=2)
     assert CASES["gguf-q8_0"].sides["llama.cpp"].missing(sources) is None
     assert CASES["gguf-q4_k_m"].sides["llama.cpp"].missing(sources) is not None
 
