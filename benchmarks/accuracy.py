@@ -56,16 +56,17 @@ def methods() -> Iterator[Row]:
         for name, search, awq in (
             ("RTN", "none", None),
             ("RTN, mse", "mse", None),
-            ("AWQ", "none", {"clip": False}),
-            ("AWQ + clip", "none", {}),
-            ("GPTQ", "none", {"scale": False, "rounding": "gptq"}),
+            ("AWQ", "none", {"rounding": "nearest", "clip": False}),
+            ("AWQ + clip", "none", {"rounding": "nearest"}),
+            ("GPTQ", "none", {"rounding": "gptq", "scale": False}),
             ("AWQ + GPTQ", "none", {"rounding": "gptq"}),
-            ("AWQ + GPTQ, mse", "mse", {"search": "mse", "rounding": "gptq"}),
+            ("AWQ + GPTQ, mse", "mse", {"rounding": "gptq"}),
         ):
             quantize = {**grid, "block_size": block, "search": search, **head_bits(8)}
             overlay = None
             if awq is not None:
-                overlay = {**grid, "group_size": block, "calibration": CALIBRATION, **awq}
+                overlay = {**grid, "group_size": block, "search": search, **awq}
+                overlay["calibration"] = CALIBRATION
             yield Row(f"block {block} {kind}, {name}", onnx("cuda", quantize, WINDOWS, overlay))
 
 
@@ -81,7 +82,8 @@ def heads() -> Iterator[Row]:
 
 def gguf() -> Iterator[Row]:
     """Files for llama.cpp."""
-    scales = {"group_size": 32, "clip": False, "calibration": CALIBRATION}
+    scales = {"group_size": 32, "search": "none", "rounding": "nearest", "clip": False}
+    awq = {"id": "awq", "uses": "awq", "with": {**scales, "calibration": CALIBRATION}}
     for file_type in ("Q4_0", "Q4_K_M"):
         for name, importance, overlay in (
             ("", False, False),
@@ -93,14 +95,11 @@ def gguf() -> Iterator[Row]:
             if importance:
                 convert["importance"] = CALIBRATION
             stage = {"id": "made", "uses": "convert-gguf", "with": convert}
-            awq = [{"id": "awq", "uses": "awq", "with": scales}] if overlay else []
-            check = {"runtime": "llama.cpp", "windows": WINDOWS}
+            settings = {"runtime": "llama.cpp", "windows": WINDOWS}
+            stages = [stage, {"id": "check", "uses": "validate", "with": settings}]
             if overlay:
-                stage["from"] = "awq"
-            yield Row(
-                file_type + name,
-                [*awq, stage, {"id": "check", "uses": "validate", "with": check}],
-            )
+                stages = [awq, {**stage, "from": "awq"}, stages[-1]]
+            yield Row(file_type + name, stages)
 
 
 def onnx(

@@ -167,7 +167,8 @@ def test_what_awq_makes_is_known_to_the_plan(checkpoint: Checkpoint, tmp_path: P
     awq = {"id": "scales", "uses": "awq", "with": {"group_size": 64}}
     with pytest.raises(PhiconvError, match="made for block_size 64, not 32"):
         plan(checkpoint, tmp_path, awq, *CHAIN[1:])
-    free = plan(checkpoint, tmp_path, awq, *CHAIN[1:], scales={"clip": False})
+    factors = {"clip": False, "rounding": "nearest"}
+    free = plan(checkpoint, tmp_path, awq, *CHAIN[1:], scales=factors)
     assert [ref.id for ref in free.step("int4.onnx").inputs] == ["int4", "scales"]
 
 
