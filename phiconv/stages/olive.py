@@ -112,11 +112,11 @@ class Olive:
     def estimate(
         self, params: OliveParams, config: ModelConfig, inputs: Sequence[InputRef]
     ) -> Estimate:
-        """What the steps before wrote, once more in scratch space; twice in memory."""
+        """What the steps before wrote, twice more in scratch space; twice in memory."""
         from phiconv.stages.write_onnx import WriteOnnx, WriteOnnxParams
 
         size = WriteOnnx().estimate(WriteOnnxParams(), config, inputs).disk_bytes
-        return Estimate(disk_bytes=2 * size, ram_bytes=_RAM_BYTES + 2 * size)
+        return Estimate(disk_bytes=3 * size, ram_bytes=_RAM_BYTES + 2 * size)
 
     def run(self, params: OliveParams, ctx: StageContext) -> dict[str, JSON]:
         import shutil
@@ -128,12 +128,18 @@ class Olive:
 
         before = open_folder(ctx.input(ONNX).path)
         scratch = ctx.out / "olive"
-        scratch.mkdir()
+        given, made = scratch / "given", scratch / "made"
+        given.mkdir(parents=True)
+        made.mkdir()
+        # Some passes link files of theirs to the model's, and ONNX reads no file with two names: a
+        # kill before the link is gone would leave the artifact unreadable.
+        for name in before.files:
+            shutil.copyfile(before.path / name, given / name)
         model = run_pass(
             params.olive_pass,
             params.config,
-            before.model,
-            scratch,
+            given / before.model.name,
+            made,
             provider=params.provider,
             accept_warnings=params.accept_warnings,
         )
