@@ -7,10 +7,11 @@ One calibration makes an overlay of a few megabytes, which `quantize`, `convert-
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from phiconv import machine
 from phiconv.errors import PhiconvError, RecipeError
@@ -76,14 +77,18 @@ class AwqParams(BaseModel):
     )
     symmetric: bool = Field(False, description="Without (true) or with (false) zero points.")
     search: Literal["none", "mse"] = Field(
-        "none", description="How a block's scale is chosen there: set as in quantize."
+        "mse",
+        description="How a group's scale is chosen: with rounding nearest set as in quantize, and "
+        "by default none as there.",
     )
     scale: bool = Field(True, description="Scale input channels (AWQ); false leaves them.")
     clip: bool = Field(
         True, description="Search clip limits; they are used with rounding nearest only."
     )
     rounding: Literal["nearest", "gptq"] = Field(
-        "nearest", description="nearest leaves rounding to quantize; gptq makes the codes here."
+        "gptq",
+        description="gptq makes the codes here; nearest leaves rounding to quantize. By default "
+        "nearest with backend autoawq.",
     )
     damping: float = Field(
         0.01, gt=0, lt=1, description="Share of the Gram matrix's diagonal that GPTQ adds to it."
@@ -92,6 +97,17 @@ class AwqParams(BaseModel):
         default_factory=lambda: CalibrationParams.model_validate({}),
         description="On what the inputs of the weights are measured.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        """What depends on other keys, where it is left out."""
+        if not isinstance(given, Mapping):
+            return given
+        by_backend = "nearest" if given.get("backend") == "autoawq" else "gptq"
+        rounding = given.get("rounding", by_backend)
+        search = "mse" if rounding == "gptq" else "none"
+        return {"rounding": rounding, "search": search, **given}
 
 
 class Awq:
@@ -164,7 +180,7 @@ class Awq:
         running = 4 * weights + grams
         searching = 2 * weights // 2 + grams + 4 * intermediate**2 + 12 * largest
         codes = weights * params.bits // 8 if params.rounding == "gptq" else 0
-        clips = weights // params.group_size if params.clip else 0
+        clips = weights // params.group_size if params.clip and not codes else 0
         factors = 4 * (4 * hidden + 2 * (rows + attention) + 4 * intermediate)
         artifact = config.num_hidden_layers * (codes + clips + factors)
         if params.backend == "autoawq":  # the model in fp32, and the inputs of a layer's weights

@@ -38,7 +38,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parameters(**changes: Any) -> AwqParams:
     calibration = {**SHORT, **changes.pop("calibration", {})}
-    return AwqParams.model_validate({"group_size": 32, **changes, "calibration": calibration})
+    return AwqParams.model_validate(
+        {"group_size": 32, "rounding": "nearest", **changes, "calibration": calibration}
+    )
 
 
 class Interruption(Exception):  # noqa: N818 - stands in for a kill
@@ -271,6 +273,19 @@ def test_parameters_that_cannot_work_are_found_before_any_work(checkpoint: Path)
     assert "hidden_size 128 is not a multiple of group_size 256" in error.message
     long = parameters(calibration={"window_length": 100_000})
     assert "exceeds the model's context" in Awq().check(long, config)[0].message
+
+
+def test_defaults_follow_the_rounding_and_the_backend() -> None:
+    chosen = [
+        AwqParams.model_validate(given)
+        for given in ({}, {"rounding": "nearest"}, {"backend": "autoawq"}, {"search": "none"})
+    ]
+    assert [(one.rounding, one.search) for one in chosen] == [
+        ("gptq", "mse"),
+        ("nearest", "none"),
+        ("nearest", "none"),
+        ("gptq", "none"),
+    ]
 
 
 def test_keys_follow_texts_and_settings_but_not_paths(tmp_path: Path) -> None:

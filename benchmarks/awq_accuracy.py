@@ -1,0 +1,217 @@
+"""Measures what rounding, AWQ and GPTQ cost in accuracy: KL divergence from fp32, held-out tokens.
+
+    python -m benchmarks.awq_accuracy --work DIR                    tiny-phi3, and with outliers
+    python -m benchmarks.awq_accuracy --work DIR --checkpoint GQA   another trained checkpoint, too
+    python -m benchmarks.awq_accuracy --work DIR --peer-python PYTHON
+
+Every decoder weight is rounded on the grid by the writers' own kernels; head and embedding stay as
+they are, so that the figures are about the decoder alone. The reference runs in fp32. PYTHON has
+phiconv's dependencies and AutoAWQ, whose scales and limits are then measured in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.awq import measure
+from phiconv.awq.groups import GROUPS
+from phiconv.awq.layer import LayerResult, Settings, search_layer
+from phiconv.awq.statistics import InputStatistics, StatisticsCollector, sampled_tokens
+from phiconv.checkpoint import Checkpoint
+from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.weight_source import Grid
+from phiconv.kernels.matmulnbits import dequantize_rows, layout, quantize_rows
+from phiconv.runtimes.activations import watch_layers
+from phiconv.runtimes.reference import LanguageModelHead, final_hidden_states
+from phiconv.tokens import load_token_set
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "tiny-phi3"
+GRIDS = {
+    "32 symmetric": Grid(4, 32, True),
+    "32 asymmetric": Grid(4, 32, False),
+    "128 asymmetric": Grid(4, 128, False),
+}
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "nearest": {"search": "none", "scale": False, "clip": False},
+    "nearest, mse": {"search": "mse", "scale": False, "clip": False},
+    "AWQ": {"search": "none", "scale": True, "clip": False},
+    "AWQ + clip": {"search": "none", "scale": True, "clip": True},
+    "AWQ + clip, mse": {"search": "mse", "scale": True, "clip": True},
+    "GPTQ": {"search": "mse", "scale": False, "clip": False, "rounding": "gptq"},
+    "AWQ + GPTQ": {"search": "mse", "scale": True, "clip": False, "rounding": "gptq"},
+}
+WINDOWS, LENGTH, GRAM_TOKENS, HELD_OUT = 64, 512, 16384, 8
+
+
+class Rounded:
+    """A checkpoint whose decoder weights are read as they are after rounding."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, overlay: Overlay, codes: LayerResult, search: Any
+    ) -> None:
+        self._source = OverlaidCheckpoint(checkpoint, overlay, clip=True)
+        self._grid, self._search, self._codes = overlay.grid, search, codes.codes
+        linear = {
+            group.weight(layer)
+            for layer in range(checkpoint.config.num_hidden_layers)
+            for group in GROUPS
+        }
+        self._linear = linear
+        self.config, self.path = checkpoint.config, checkpoint.path
+        self.read_rows = self._source.read_rows
+        self.tensors = {
+            name: dataclasses.replace(info, dtype="f32") if name in linear else info
+            for name, info in self._source.tensors.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """The weight, dequantized where it is one of the decoder's."""
+        values = self._source.read(name)
+        if name not in self._linear:
+            return values
+        bits, group_size, symmetric = self._grid
+        if name in self._codes:
+            packed, scales, zeros = self._codes[name]
+        else:
+            shapes = layout(*values.shape, bits=bits, block_size=group_size)
+            packed, scales = np.empty(shapes.packed, np.uint8), np.empty(shapes.scales, np.float16)
+            zeros = None if symmetric else np.empty(shapes.zero_points, np.uint8)
+            quantize_rows(
+                values, bits=bits, block_size=group_size, symmetric=symmetric,
+                search=self._search, packed=packed, scales=scales, zero_points=zeros,
+            )  # fmt: skip
+        return dequantize_rows(
+            packed, scales, zeros, bits=bits, block_size=group_size,
+            K=values.shape[1], symmetric=symmetric,
+        )  # fmt: skip
+
+
+class Subject:
+    """A checkpoint, the statistics of its calibration, and its reference."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.checkpoint, self.threads = Checkpoint(folder), threads
+        self._head = LanguageModelHead(self.checkpoint, threads=threads)
+        self._held_out = load_token_set(
+            "default", self.checkpoint, windows=HELD_OUT, window_length=LENGTH
+        ).windows
+        self._expected = self._log_probabilities(self.checkpoint)
+        self.statistics = self._calibrate()
+
+    def _calibrate(self) -> dict[str, InputStatistics]:
+        windows = load_token_set(
+            "default", self.checkpoint, windows=WINDOWS, window_length=LENGTH,
+            packaged="calibration",
+        ).windows  # fmt: skip
+        sample = sampled_tokens(windows.size, GRAM_TOKENS)
+        collectors: dict[str, StatisticsCollector] = {}
+
+        def watch(weight: str, values: Any) -> bool:
+            return collectors.setdefault(weight, StatisticsCollector(sample)).add(values)
+
+        found: dict[str, InputStatistics] = {}
+
+        def after_layer(_: Any) -> None:
+            found.update({name: collectors.pop(name).result() for name in list(collectors)})
+
+        watch_layers(self.checkpoint, windows, watch, after_layer, threads=self.threads)
+        return found
+
+    def _log_probabilities(self, source: Any) -> np.ndarray:
+        hidden = final_hidden_states(source, self._held_out, threads=self.threads)
+        logits = self._head.logits(hidden.reshape(-1, hidden.shape[-1])).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return logits
+
+    def search(self, grid: Grid, method: Mapping[str, Any]) -> tuple[Overlay, LayerResult]:
+        """What a method finds, layer by layer."""
+        import torch
+
+        settings = Settings(
+            grid, method.get("rounding", "nearest"), method["search"], method["scale"],
+            method["clip"], 0.01, self.threads,
+        )  # fmt: skip
+        whole = LayerResult()
+        with torch.inference_mode():
+            for layer in range(self.checkpoint.config.num_hidden_layers):
+                lookup = {name: lambda name=name: self.statistics[name] for name in self.statistics}
+                found = search_layer(self.checkpoint, layer, lookup, settings)
+                for name in ("columns", "rows", "clips", "codes"):
+                    getattr(whole, name).update(getattr(found, name))
+                whole.records.extend(found.records)
+        overlay = Overlay(
+            self.checkpoint.digest, grid, columns=whole.columns, rows=whole.rows, clips=whole.clips
+        )
+        return overlay, whole
+
+    def divergence(self, overlay: Overlay, found: LayerResult, search: str) -> float:
+        """Mean KL divergence from the reference, in nats."""
+        rounded = Rounded(self.checkpoint, overlay, found, search)
+        candidate = self._log_probabilities(rounded)
+        terms = np.exp(self._expected) * (self._expected - candidate)
+        return float(terms.sum(axis=1).mean())
+
+
+def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> float:
+    """The same figure for what AutoAWQ finds on the same tokens."""
+    parameters = {
+        "backend": "autoawq",
+        "group_size": grid.group_size,
+        "symmetric": grid.symmetric,
+        "calibration": {"windows": WINDOWS},
+    }
+    measure(python, subject.checkpoint.path, folder, parameters, subject.threads)
+    return subject.divergence(Overlay.load(folder / "out"), LayerResult(), "none")
+
+
+@click.command(help=__doc__)
+@click.option("--work", "folder", type=click.Path(path_type=Path), required=True)
+@click.option("--checkpoint", "others", type=click.Path(path_type=Path), multiple=True)
+@click.option("--peer-python", help="A Python with AutoAWQ.")
+@click.option("--threads", default=2, show_default=True)
+def main(folder: Path, others: tuple[Path, ...], peer_python: str | None, threads: int) -> None:
+    """Measure, print a table, and keep the figures in FOLDER/awq-accuracy.json."""
+    from tests.outlier_checkpoints import inject_outliers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    outliers = inject_outliers(TINY, folder / "tiny-phi3-outliers")
+    figures: list[dict[str, Any]] = []
+    click.echo("| checkpoint | group | method | KL x 1000 | search, s |\n|---|---|---|---|---|")
+
+    def add(checkpoint: str, grid: str, method: str, kl: float, seconds: float) -> None:
+        figures.append({"checkpoint": checkpoint, "grid": grid, "method": method, "kl": kl})
+        click.echo(f"| {checkpoint} | {grid} | {method} | {1000 * kl:.3f} | {seconds:.1f} |")
+
+    for path in (TINY, outliers, *others):
+        subject = Subject(path, threads)
+        for name, grid in GRIDS.items():
+            for method, settings in METHODS.items():
+                start = time.perf_counter()
+                overlay, found = subject.search(grid, settings)
+                seconds = time.perf_counter() - start
+                kl = subject.divergence(overlay, found, settings["search"])
+                add(path.name, name, method, kl, seconds)
+            config = subject.checkpoint.config
+            grouped = config.num_key_value_heads != config.num_attention_heads
+            if peer_python and not grid.symmetric and not grouped:
+                start = time.perf_counter()
+                work = folder / f"autoawq-{path.name}-{name.replace(' ', '-')}-{time.time_ns()}"
+                kl = autoawq(subject, grid, peer_python, work)
+                add(path.name, name, "AutoAWQ", kl, time.perf_counter() - start)
+    text = json.dumps({"python": sys.version.split()[0], "figures": figures}, indent=1)
+    (folder / "awq-accuracy.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
