@@ -28,11 +28,13 @@ class Output:
         folder: The folder.
         manifest: manifest.json.
         result: What report.json holds.
+        terms: The model's licence; none where an older phiconv made the output.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
     result: RunResult
+    terms: ModelTerms
 
     @property
     def name(self) -> str:
@@ -59,12 +61,6 @@ class Output:
     def reports(self) -> tuple[str, ...]:
         """The report's files, by their paths in `report/`."""
         return tuple(sorted(self.manifest[REPORT]))
-
-    @property
-    def terms(self) -> ModelTerms:
-        """The model's licence; without any where an older phiconv made the output."""
-        said = dict(self.manifest.get("terms") or {})
-        return ModelTerms(**{**said, "languages": tuple(said.get("languages", ()))})
 
     @property
     def target(self) -> str:
@@ -122,9 +118,22 @@ def _open(folder: Path) -> Output:
             where=str(folder),
             remedy="build it again: nothing has to be recomputed",
         )
-    output = Output(folder, manifest, result)
+    output = Output(folder, manifest, result, _terms(manifest, folder))
     _check_paths(output)
     return output
+
+
+def _terms(manifest: Mapping[str, Any], folder: Path) -> ModelTerms:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ModelTerms).validate_python(manifest.get("terms", {}))
+    except ValidationError as error:
+        raise StageError(
+            f"{MANIFEST} does not say the model's licence as phiconv does",
+            where=str(folder),
+            remedy="build it again: nothing has to be recomputed",
+        ) from error
 
 
 def _check_paths(output: Output) -> None:

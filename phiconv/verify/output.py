@@ -16,9 +16,8 @@ from phiconv.report import REPORT_JSON
 from phiconv.report.results import RunResult
 from phiconv.verify.listing import Listing
 from phiconv.verify.results import Problem
-from phiconv.verify.sums import differing_digits
+from phiconv.verify.sums import FEW_DIGITS, differing_digits
 
-_FEW_DIGITS = 16
 _BUILD = "build it again: nothing has to be recomputed"
 
 
@@ -94,7 +93,7 @@ def artifact_problems(
             problems.append(Problem(name, "is missing", _BUILD))
         elif found is None:
             problems.append(Problem(name, "cannot be read", _BUILD))
-        elif found != digest and differing_digits(found, digest) <= _FEW_DIGITS:
+        elif found != digest and differing_digits(found, digest) <= FEW_DIGITS:
             problems.append(Problem(MANIFEST, f"its digest of {name} is damaged", _BUILD))
         elif found != digest:
             what = f"its sha256 is {found}, not {digest} as {MANIFEST} says"

@@ -16,10 +16,8 @@ from phiconv.verify.documents import (
 )
 from phiconv.verify.listing import Listing
 from phiconv.verify.results import Problem
-from phiconv.verify.sums import SUMS, differing_digits, parse_sums
+from phiconv.verify.sums import FEW_DIGITS, SUMS, differing_digits, parse_sums
 
-_FEW_DIGITS = 16
-"""Two digests of different content never agree in three quarters of their digits."""
 _WRITTEN = (CARD, SBOM, PROVENANCE)
 _STRANGER = "move it away, or make the release again"
 
@@ -97,7 +95,7 @@ class _Lists:
 
     def _difference(self, name: str, digest: str, found: str) -> Problem:
         digits = differing_digits(found, digest)
-        if digits <= _FEW_DIGITS:
+        if digits <= FEW_DIGITS:
             what = f"its digest of {name} differs from the file's in {digits} of 64 digits"
             return Problem(SUMS, what)
         if self.subjects.get(name) == found:

@@ -10,6 +10,10 @@ from phiconv.checkpoint.folder import is_relative_name
 
 SUMS = "SHA256SUMS"
 
+FEW_DIGITS = 16
+"""Digests of different content never agree in three quarters of their digits: where they differ in
+so few, it is the digest that was damaged."""
+
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\]")  # sha256sum escapes these
 

@@ -234,6 +234,8 @@ def test_a_manifest_of_an_older_version(dist: Outputs, tmp_path: Path) -> None:
     output = copied(dist[CPU], tmp_path / "out")
     edit_manifest(output, lambda manifest: manifest.pop("terms"))
     assert planned(output).terms.license is None
+    edit_manifest(output, lambda manifest: manifest.update(terms=[]))
+    assert "the model's licence" in refusal(StageError, output).message
     edit_manifest(output, lambda manifest: manifest.update(phiconv=99))
     assert "no manifest of phiconv's" in refusal(StageError, output).message
 
