@@ -26,6 +26,7 @@ from tests.onnx.models import hugging_face_logits, lay_out, write
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.phi_family import SWITCH, WINDOW, write_member
 from tests.report.results import measured, result, validation
+from tests.report.test_html import Page
 
 SHORT = {"windows": 1, "window_length": 32}
 
@@ -187,6 +188,7 @@ def test_reports_show_limits_and_probes() -> None:
         "it attends to \\<every\\> position" in markdown
     )
     page = report_html(build)
+    assert Page(page).tags.count("h3") > Page(report_html(result())).tags.count("h3")
     assert "llama.cpp, from position 2,047: it attends to &lt;every&gt; position" in page
     assert "known limit</td>" in page
     assert "as before</td>" in page
