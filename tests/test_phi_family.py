@@ -279,6 +279,9 @@ def test_limits_of_every_runtime() -> None:
     assert found("phi-4", machine.DML, False) == []
     assert found("phi-3-mini-4k", machine.LLAMA_CPP, False) == [("llama.cpp", WINDOW)]
     assert found("phi-3-mini-4k", machine.CUDA, True) == []
+    # a graph of another exporter, which left the window out
+    cpu = f"onnxruntime-genai ({machine.CPU})"
+    assert found("phi-3-mini-4k", machine.CPU, False) == [(cpu, WINDOW)]
     dml = f"onnxruntime-genai ({machine.DML})"
     assert found("phi-3-mini-4k", machine.DML, False) == [(dml, WINDOW)]
     assert found("phi-3-mini-128k", machine.LLAMA_CPP, False) == [("llama.cpp", 0)]
