@@ -49,8 +49,9 @@ def search_scales(
     inputs: NDArray[np.float64],
     weights: NDArray[np.float64],
     loss: Callable[[NDArray[np.float32]], float],
+    least_gain: float = 0.0,
 ) -> Scaling:
-    """Tries every candidate and keeps the best, ones included.
+    """Tries every candidate and keeps the best, or ones.
 
     Args:
         group: Which scales are tied.
@@ -58,15 +59,17 @@ def search_scales(
         inputs: Mean magnitude of each input, [K].
         weights: Mean relative magnitude of each column, see `relative_magnitudes`.
         loss: The error that factors of the columns, float32 [K], leave.
+        least_gain: Share of the error of ones by which a candidate must be better.
     """
     ones = np.ones(len(inputs), np.float32)
     plain = loss(ones)
-    best = Scaling(ones, None, plain, plain)
+    unscaled = Scaling(ones, None, plain, plain)
+    best = unscaled
     for ratio, columns in _candidates(group, config, inputs, weights):
         left = loss(columns)
         if left < best.loss:
             best = Scaling(columns, ratio, left, plain)
-    return best
+    return best if best.loss <= plain * (1 - least_gain) else unscaled
 
 
 def _candidates(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -187,6 +189,20 @@ def test_a_group_whose_loss_would_rise_is_not_scaled(checkpoint: Checkpoint) -> 
     assert np.array_equal(found.columns, np.ones(128, np.float32))
     assert len(tried) == 21
     assert found.loss == found.plain_loss == 1.0
+
+
+def test_a_gain_too_small_to_trust_is_left() -> None:
+    group = GROUPS[3]
+    inputs, weights = np.exp(np.random.default_rng(0).standard_normal((2, 64)))
+
+    def loss(columns: np.ndarray) -> float:
+        return 1.0 if (columns == 1).all() else 0.98
+
+    config: Any = None  # only tied scales need the model's dimensions
+    assert search_scales(group, config, inputs, weights, loss).loss == 0.98
+    left = search_scales(group, config, inputs, weights, loss, least_gain=0.03)
+    assert left.ratio is None
+    assert left.loss == 1.0
 
 
 def test_magnitudes_are_relative_to_their_group() -> None:
