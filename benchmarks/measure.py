@@ -58,12 +58,11 @@ def run(
     """
     with log.open("wb") as output:
         start = time.perf_counter()
+        # As users run it: without its compiled modules Python compiles a tool's sources every time.
+        variables = {**os.environ, **(env or {})}
+        variables.pop("PYTHONDONTWRITEBYTECODE", None)
         process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
-            cwd=folder,
+            command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=folder
         )
         read, written = _bytes_when_done(process.pid)
         # wait4 reports the peak memory of this very process; Popen must not reap it first.
