@@ -241,7 +241,7 @@ def copy() -> Side:
     """`cp` of what phiconv reads and of what it made."""
 
     def cp(place: Place) -> Done:
-        sources = [*_weights(place.checkpoint), _largest(place.made["phiconv"])]
+        sources = [*weights_of(place.checkpoint), _largest(place.made["phiconv"])]
         target = _folder(place.work / "copy")
         return Done(run(["cp", *map(str, sources), str(target)], log=place.log))
 
@@ -253,7 +253,7 @@ def read_and_write() -> Side:
 
     def pass_through(place: Place) -> Done:
         command = [sys.executable, "-m", "benchmarks.bare", "read-write"]
-        paths = [*_weights(place.checkpoint), _largest(place.made["phiconv"])]
+        paths = [*weights_of(place.checkpoint), _largest(place.made["phiconv"])]
         return Done(run([*command, *map(str, paths), str(place.work / "written")], log=place.log))
 
     return Side(pass_through)
@@ -319,7 +319,8 @@ def _artifact_in(folder: Path) -> Path:
     return next(folder.glob("*.gguf"), folder)
 
 
-def _weights(checkpoint: Path) -> list[Path]:
+def weights_of(checkpoint: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights."""
     return sorted(checkpoint.glob("*.safetensors"))
 
 
