@@ -99,20 +99,27 @@ class Rounded:
 class Subject:
     """A checkpoint, the statistics of its calibration, and its reference."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        threads: int,
+        windows: int = WINDOWS,
+        length: int = LENGTH,
+        held_out: int = HELD_OUT,
+    ) -> None:
         self.checkpoint, self.threads = Checkpoint(folder), threads
+        self.calibration = {"windows": windows, "window_length": length}
         self._head = LanguageModelHead(self.checkpoint, threads=threads)
         self._held_out = load_token_set(
-            "default", self.checkpoint, windows=HELD_OUT, window_length=LENGTH
+            "default", self.checkpoint, windows=held_out, window_length=LENGTH
         ).windows
         self._expected = self._log_probabilities(self.checkpoint)
         self.statistics = self._calibrate()
 
     def _calibrate(self) -> dict[str, InputStatistics]:
         windows = load_token_set(
-            "default", self.checkpoint, windows=WINDOWS, window_length=LENGTH,
-            packaged="calibration",
-        ).windows  # fmt: skip
+            "default", self.checkpoint, packaged="calibration", **self.calibration
+        ).windows
         sample = sampled_tokens(windows.size, GRAM_TOKENS)
         collectors: dict[str, StatisticsCollector] = {}
 
@@ -169,7 +176,7 @@ def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> float:
         "backend": "autoawq",
         "group_size": grid.group_size,
         "symmetric": grid.symmetric,
-        "calibration": {"windows": WINDOWS},
+        "calibration": subject.calibration,
     }
     measure(python, subject.checkpoint.path, folder, parameters, subject.threads)
     return subject.divergence(Overlay.load(folder / "out"), LayerResult(), "none")
@@ -179,8 +186,19 @@ def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> float:
 @click.option("--work", "folder", type=click.Path(path_type=Path), required=True)
 @click.option("--checkpoint", "others", type=click.Path(path_type=Path), multiple=True)
 @click.option("--peer-python", help="A Python with AutoAWQ.")
+@click.option("--windows", default=WINDOWS, show_default=True, help="Calibration windows.")
+@click.option("--window-length", default=LENGTH, show_default=True, help="Tokens of one.")
+@click.option("--held-out", default=HELD_OUT, show_default=True, help="Windows of 512 to judge on.")
 @click.option("--threads", default=2, show_default=True)
-def main(folder: Path, others: tuple[Path, ...], peer_python: str | None, threads: int) -> None:
+def main(
+    folder: Path,
+    others: tuple[Path, ...],
+    peer_python: str | None,
+    windows: int,
+    window_length: int,
+    held_out: int,
+    threads: int,
+) -> None:
     """Measure, print a table, and keep the figures in FOLDER/awq-accuracy.json."""
     from tests.outlier_checkpoints import inject_outliers
 
@@ -194,7 +212,7 @@ def main(folder: Path, others: tuple[Path, ...], peer_python: str | None, thread
         click.echo(f"| {checkpoint} | {grid} | {method} | {1000 * kl:.3f} | {seconds:.1f} |")
 
     for path in (TINY, outliers, *others):
-        subject = Subject(path, threads)
+        subject = Subject(path, threads, windows, window_length, held_out)
         for name, grid in GRIDS.items():
             for method, settings in METHODS.items():
                 start = time.perf_counter()
