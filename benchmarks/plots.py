@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import OURS
+from benchmarks.results import work_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +37,7 @@ def draw_figures(file: Path, results: Mapping[str, Any], figure: str, label: str
     """
     unit = 1e9 if figure == "peak_rss" else 1.0
     rows = [
-        (f"{entry['work']}, {entry['model']}: {side}", side, usage[figure] / unit)
+        (f"{work_of(entry)}: {side}", side, usage[figure] / unit)
         for entry in results.values()
         for side, usage in entry["medians"].items()
     ]
@@ -47,6 +49,7 @@ def draw_figures(file: Path, results: Mapping[str, Any], figure: str, label: str
             bar.set_color(colour)
         axes.bar_label(bars, [f"{value:.3g}" for _, _, value in rows], padding=3)
         axes.set_xscale("log")
+        axes.set_xlim(left=10 ** math.floor(math.log10(min(value for _, _, value in rows))))
         axes.invert_yaxis()
         axes.set_xlabel(label)
 
@@ -65,11 +68,12 @@ def draw_scaling(file: Path, entry: Mapping[str, Any]) -> None:
         axes.set_ylabel("seconds")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left")
         memory = axes.twinx()
-        memory.plot(counts, [usage["peak_rss"] / 1e9 for usage in usages], "s:", color="#b5541a")
+        peaks = [usage["peak_rss"] / 1e9 for usage in usages]
+        memory.plot(counts, peaks, "s:", label="peak memory", color="#b5541a")
         memory.set_ylabel("peak memory, GB")
-        memory.set_ylim(0, 2 * max(usage["peak_rss"] for usage in usages) / 1e9)
+        memory.set_ylim(0, 2 * max(peaks))
+        axes.legend(handles=[*axes.lines, *memory.lines], loc="upper left")
 
     _save(file, draw, 3.2)
 

@@ -100,14 +100,14 @@ def figures_table(results: Mapping[str, Any]) -> str:
         for side, figures in entry["medians"].items():
             lines.append(_figures_row(entry, side, figures))
         for side, reason in entry["not_measured"].items():
-            lines.append(f"| {_work(entry)} | {side} | not measured: {reason} | | | | | | |")
+            lines.append(f"| {work_of(entry)} | {side} | not measured: {reason} | | | | | | |")
     return "\n".join(lines)
 
 
 def _figures_row(entry: Mapping[str, Any], side: str, figures: Mapping[str, Any]) -> str:
     divergence = entry["divergences"].get(side)
     cells = [
-        _work(entry),
+        work_of(entry),
         side,
         f"{figures['wall']:.1f} s",
         f"{figures['cpu']:.1f} s",
@@ -120,7 +120,8 @@ def _figures_row(entry: Mapping[str, Any], side: str, figures: Mapping[str, Any]
     return f"| {' | '.join(cells)} |"
 
 
-def _work(entry: Mapping[str, Any]) -> str:
+def work_of(entry: Mapping[str, Any]) -> str:
+    """A piece of work and the model it was measured on."""
     layers = f", layers: {entry['layers']}" if entry["layers"] else ""
     return f"{entry['work']}, {entry['model']}{layers}"
 
@@ -150,7 +151,7 @@ def _target_row(entry: Mapping[str, Any], item: Mapping[str, Any]) -> str:
             text += f" ({spread[0]} to {spread[1]})"
     verdict = {True: "met", False: "**missed**", None: "–"}[item["met"]]
     cells = [
-        _work(entry),
+        work_of(entry),
         _FIGURES[target["figure"]],
         target["over"] or "",
         f"≤ {_ratio(target['at_most'], absolute)}",

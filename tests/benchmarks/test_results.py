@@ -97,7 +97,7 @@ def test_plots_name_every_side(measured: Measured, tmp_path: Path) -> None:
         text = (tmp_path / "plot.svg").read_text()
         assert "label of the axis" in text
         for side in measured.rounds:
-            assert f"int4 for CPU, ONNX, 3.8 B: {side}" in text
+            assert f"int4 for CPU, ONNX, 3.8 B, layers: 8: {side}" in text
 
 
 def test_scaling_is_shown_by_the_layer(tmp_path: Path) -> None:
