@@ -50,6 +50,8 @@ class FinishedLayers:
         self.folder.mkdir(parents=True, exist_ok=True)
         found = sorted(self.folder.glob("stream-*.npy"))
         done = _number(found[-1]) if found else 0
+        if not all(self._layer(layer).is_dir() for layer in range(done)):
+            done = 0
         keep = {self._stream(done), *map(self._layer, range(done))}
         for path in set(self.folder.iterdir()) - keep:
             _remove(path)

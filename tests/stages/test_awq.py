@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +27,12 @@ from tests.toy_stages import files_in
 
 ROOT = Path(__file__).parent.parent.parent
 LAYERS = 3
-SHORT: dict[str, Any] = {"windows": 4, "window_length": 64, "gram_tokens": 200}
+SHORT: dict[str, Any] = {
+    "tokens": str(ROOT / "README.md"),  # soon tokenized
+    "windows": 4,
+    "window_length": 64,
+    "gram_tokens": 200,
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +120,7 @@ def test_gptq_codes_cover_every_weight_of_every_layer(checkpoint: Path, tmp_path
     OverlaidCheckpoint(Checkpoint(checkpoint), overlay, clip=True)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize(("rounding", "compute"), [("nearest", "fp32"), ("gptq", "bf16")])
 def test_threads_do_not_change_the_bytes(
     checkpoint: Path, tmp_path: Path, rounding: str, compute: str
 ) -> None:
@@ -164,6 +169,17 @@ def test_what_a_kill_left_half_written_is_not_used(checkpoint: Path, tmp_path: P
     (unfinished / "partial" / "overlay.json").write_text("{")
     run(tmp_path / "b", checkpoint, params, unfinished=unfinished)
     assert files_in(tmp_path / "b") == files_in(tmp_path / "whole")
+
+
+def test_a_layer_that_is_gone_is_done_again(checkpoint: Path, tmp_path: Path) -> None:
+    params, unfinished = parameters(), tmp_path / "unfinished"
+    with pytest.raises(Interruption):
+        run(tmp_path / "a", checkpoint, params, progress=Fragile("layer 2"), unfinished=unfinished)
+    shutil.rmtree(unfinished / "layer-0000")
+    watched = Fragile("never")
+    run(tmp_path / "b", checkpoint, params, progress=watched, unfinished=unfinished)
+    assert watched.notes == []
+    assert "layer 0" in watched.seen
 
 
 RECIPE = """\
