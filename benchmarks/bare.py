@@ -12,6 +12,7 @@ and writes what MADE holds to TARGET, through one buffer.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -61,6 +62,9 @@ def onnxruntime(checkpoint: Path, artifact: Path) -> None:
     import numpy as np
     import onnxruntime as ort
 
+    config = json.loads((artifact / "genai_config.json").read_text(encoding="utf-8"))
+    decoder = config["model"]["decoder"]
+    empty = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
     session = ort.InferenceSession(artifact / "model.onnx", providers=["CPUExecutionProvider"])
     windows = _windows(checkpoint)
     length = windows.shape[1]
@@ -68,7 +72,7 @@ def onnxruntime(checkpoint: Path, artifact: Path) -> None:
     for node in session.get_inputs():
         if node.name.startswith("past_key_values."):
             dtype = np.float16 if node.type == "tensor(float16)" else np.float32
-            feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), dtype)
+            feeds[node.name] = np.zeros(empty, dtype)
     print(
         _seconds(
             lambda: [
