@@ -27,7 +27,9 @@ def check_autoawq(params: AwqParams, config: ModelConfig) -> list[PhiconvError]:
     wrong = {
         "bits": params.bits != 4 and "AutoAWQ makes 4 bits",
         "rounding": params.rounding != "nearest" and "AutoAWQ only rounds to the nearest",
-        "search": params.search != "none" and "AutoAWQ chooses a group's scale by its range",
+        # with rounding gptq the default of search is another
+        "search": (params.rounding, params.search) == ("nearest", "mse")
+        and "AutoAWQ chooses a group's scale by its range",
         "scale": not params.scale and "AutoAWQ always scales",
         "calibration.compute": params.calibration.compute != "fp32" and "AutoAWQ is run in fp32",
     }
