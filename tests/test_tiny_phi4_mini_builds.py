@@ -27,7 +27,7 @@ def build(recipe: str, out: Path, home: Path) -> dict[str, Any]:
     phiconv("build", str(file), "--model", str(TINY), "--out", str(out), home=home)
     report = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
     (validation,) = report["result"]["validations"]
-    return {"status": report["status"], **validation["measurement"], "result": report["result"]}
+    return {**validation["measurement"], "status": report["status"], "result": report["result"]}
 
 
 @pytest.mark.parametrize(
