@@ -18,6 +18,7 @@ from phiconv.runtimes.reference import (
     decoder_layer,
     embed,
     hugging_face_config,
+    is_finite,
     rotary_embedding,
     run_layer,
 )
@@ -90,7 +91,7 @@ def watch_layers(
                 _use_bf16(layer)
             counted = _counted(advance, f"layer {index}")
             run_layer(layer, config, stream, rotary, device, advance=counted)
-            if not bool(stream.isfinite().all()):
+            if not is_finite(stream):
                 prefix = f"model.layers.{index}"
                 raise _not_finite(layer, prefix, f"what comes out of {prefix}")
             for hook in hooks:  # they hold the layer

@@ -215,7 +215,7 @@ def embed(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> torch.Tensor:
         stop = min(start + _EMBEDDING_ROWS, rows)
         block = checkpoint.read_rows(EMBEDDING, start, stop)
         here = (windows >= start) & (windows < stop)
-        out[here] = block[windows[here] - start].astype(np.float32)
+        out[here] = block[windows[here] - start]
     return torch.from_numpy(out)
 
 
@@ -238,8 +238,16 @@ def _tensor(checkpoint: Checkpoint, name: str, device: Device) -> torch.Tensor:
     return stored_tensor(checkpoint, name).to(device).to(torch.float32)
 
 
+def is_finite(stream: torch.Tensor) -> bool:
+    """Whether a stream [n, T, hidden] holds neither NaN nor Inf, looked at a window at a time.
+
+    For all at once PyTorch would take copies larger than the stream itself.
+    """
+    return all(bool(window.isfinite().all()) for window in stream)
+
+
 def _check_finite(stream: torch.Tensor, what: str, checkpoint: Checkpoint) -> None:
-    if not bool(stream.isfinite().all()):
+    if not is_finite(stream):
         raise StageError(
             f"the reference is not finite after {what}",
             where=str(checkpoint.path),
