@@ -23,11 +23,12 @@ import click
 import numpy as np
 
 from benchmarks.awq import measure
+from benchmarks.awq_plots import draw_awq
 from phiconv.awq.groups import GROUPS
 from phiconv.awq.layer import LayerResult, Settings, search_layer
 from phiconv.awq.statistics import InputStatistics, StatisticsCollector, sampled_tokens
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlay import GroupRecord, OverlaidCheckpoint, Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.kernels.matmulnbits import dequantize_rows, layout, quantize_rows
 from phiconv.runtimes.activations import watch_layers
@@ -50,7 +51,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "GPTQ": {"search": "mse", "scale": False, "clip": False, "rounding": "gptq"},
     "AWQ + GPTQ": {"search": "mse", "scale": True, "clip": False, "rounding": "gptq"},
 }
-WINDOWS, LENGTH, GRAM_TOKENS, HELD_OUT = 64, 512, 16384, 8
+WINDOWS, LENGTH, GRAM_TOKENS, HELD_OUT = 128, 512, 16384, 8
 
 
 class Rounded:
@@ -170,6 +171,17 @@ class Subject:
         return float(terms.sum(axis=1).mean())
 
 
+def losses(records: list[GroupRecord]) -> list[dict[str, Any]]:
+    """The relative output error that each weight is left with."""
+    found = []
+    for record in records:
+        # limits that do not lower the loss are dropped
+        nearest = [loss for loss in (record.loss_scaled, record.loss_clipped) if loss is not None]
+        loss = min(nearest) if record.loss_gptq is None else record.loss_gptq
+        found.append({"layer": record.layer, "group": record.group, "loss": loss})
+    return found
+
+
 def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> float:
     """The same figure for what AutoAWQ finds on the same tokens."""
     parameters = {
@@ -199,7 +211,7 @@ def main(
     held_out: int,
     threads: int,
 ) -> None:
-    """Measure, print a table, and keep the figures in FOLDER/awq-accuracy.json."""
+    """Measure, print a table, and keep figures and plots in FOLDER."""
     from tests.outlier_checkpoints import inject_outliers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,8 +219,16 @@ def main(
     figures: list[dict[str, Any]] = []
     click.echo("| checkpoint | group | method | KL x 1000 | search, s |\n|---|---|---|---|---|")
 
-    def add(checkpoint: str, grid: str, method: str, kl: float, seconds: float) -> None:
-        figures.append({"checkpoint": checkpoint, "grid": grid, "method": method, "kl": kl})
+    def add(
+        checkpoint: str,
+        grid: str,
+        method: str,
+        kl: float,
+        seconds: float,
+        records: list[GroupRecord] | None = None,
+    ) -> None:
+        entry = {"checkpoint": checkpoint, "grid": grid, "method": method, "kl": kl}
+        figures.append({**entry, "seconds": seconds, "losses": losses(records or [])})
         click.echo(f"| {checkpoint} | {grid} | {method} | {1000 * kl:.3f} | {seconds:.1f} |")
 
     for path in (TINY, outliers, *others):
@@ -219,7 +239,7 @@ def main(
                 overlay, found = subject.search(grid, settings)
                 seconds = time.perf_counter() - start
                 kl = subject.divergence(overlay, found, settings["search"])
-                add(path.name, name, method, kl, seconds)
+                add(path.name, name, method, kl, seconds, found.records)
             config = subject.checkpoint.config
             grouped = config.num_key_value_heads != config.num_attention_heads
             if peer_python and not grid.symmetric and not grouped:
@@ -229,6 +249,7 @@ def main(
                 add(path.name, name, "AutoAWQ", kl, time.perf_counter() - start)
     text = json.dumps({"python": sys.version.split()[0], "figures": figures}, indent=1)
     (folder / "awq-accuracy.json").write_text(text + "\n", encoding="utf-8")
+    draw_awq(folder, figures)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def draw_figures(file: Path, results: Mapping[str, Any], figure: str, label: str
         axes.invert_yaxis()
         axes.set_xlabel(label)
 
-    _save(file, draw, 0.25 * len(rows) + 0.8)
+    save_figure(file, draw, 0.25 * len(rows) + 0.8)
 
 
 def draw_scaling(file: Path, entry: Mapping[str, Any]) -> None:
@@ -75,10 +75,11 @@ def draw_scaling(file: Path, entry: Mapping[str, Any]) -> None:
         memory.set_ylim(0, 2 * max(peaks))
         axes.legend(handles=[*axes.lines, *memory.lines], loc="upper left")
 
-    _save(file, draw, 3.2)
+    save_figure(file, draw, 3.2)
 
 
-def _save(file: Path, draw: Callable[[Axes], None], inches_high: float) -> None:
+def save_figure(file: Path, draw: Callable[[Axes], None], inches_high: float) -> None:
+    """Writes an SVG of one pair of axes, the same bytes for the same drawing."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
