@@ -56,7 +56,7 @@ Exit codes:
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @verbose_option
 def cli() -> None:
-    """Turn a Hugging Face Phi checkpoint into a validated ONNX artifact."""
+    """Turn a Hugging Face Phi checkpoint into a validated ONNX or GGUF artifact."""
 
 
 for _command in COMMANDS:
