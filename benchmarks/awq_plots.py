@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,8 @@ def _draw_bars(file: Path, figures: Figures, key: str, label: str, unit: float) 
             axes.bar(x, [unit * figure[key] for figure in found], bar, label=method, color=colour)
         axes.set_yscale("log")
         axes.set_ylabel(label)
-        axes.set_xticks(range(len(places)), places)
-        axes.tick_params(axis="x", labelsize=7)
+        axes.set_ylim(bottom=10 ** math.floor(math.log10(min(unit * f[key] for f in drawn))))
+        axes.set_xticks(range(len(places)), places, rotation=35, ha="right", fontsize=7)
         axes.legend(ncols=len(COLOURS), loc="lower center", bbox_to_anchor=(0.5, 1))
 
     save_figure(file, draw, 3.4)
@@ -84,4 +85,4 @@ def _draw_losses(file: Path, figures: Figures) -> None:
 
 
 def _place(figure: Mapping[str, Any]) -> str:
-    return f"{figure['checkpoint']}\n{figure['grid'].replace(' ', ', ')}"
+    return f"{figure['checkpoint'].replace('outliers', 'outl.')}, {figure['grid']}"
