@@ -9,6 +9,7 @@ import pytest
 from phiconv.checkpoint import Checkpoint
 from phiconv.errors import CheckpointError, EnvironmentLacksError, RecipeError
 from phiconv.stages.awq import Awq, AwqParams
+from phiconv.stages.registry import STAGES
 from phiconv.texts import HubFile, hub_file, read_texts, text_digest, texts_key
 from phiconv.tokens import load_token_set
 from tests.checkpoint.hub_server import COMMIT, Hub, serve
@@ -61,6 +62,14 @@ def test_planning_with_a_dataset_asks_the_hub_nothing(dataset: Hub, tmp_path: Pa
     assert Awq().check(params, config) == []
     assert Awq().key_params(params)["calibration"]["texts"] == SPEC  # type: ignore[index,call-overload]
     assert texts_key(SPEC, "calibration") == SPEC
+    assert not any("/resolve/" in request for request in dataset.requests)
+
+
+@pytest.mark.parametrize("name", ["reference", "imatrix", "length-reference"])
+def test_keys_of_a_dataset_ask_the_hub_nothing(name: str, dataset: Hub) -> None:
+    stage = STAGES[name]
+    params = stage.params.model_validate({"tokens": SPEC})
+    assert stage.key_params(params)["text_digest"] == SPEC
     assert not any("/resolve/" in request for request in dataset.requests)
 
 

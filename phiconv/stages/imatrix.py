@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from phiconv.errors import PhiconvError
-from phiconv.stages.reference import Reference, TokenSetParams, check_tokens
+from phiconv.stages.reference import Reference, TokenSetParams, check_tokens, key_of_tokens
 from phiconv.stages.stage import (
     IMATRIX,
     JSON,
@@ -57,10 +57,7 @@ class Imatrix:
         return check_tokens(params, config, self.name)
 
     def key_params(self, params: ImatrixParams) -> dict[str, JSON]:
-        from phiconv.tokens import read_texts, text_digest
-
-        texts = read_texts(params.tokens, packaged="calibration")
-        return {**Reference().key_params(params), "text_digest": text_digest(texts)}
+        return key_of_tokens(params, "calibration")
 
     def requires(self, params: ImatrixParams) -> tuple[Requirement, ...]:
         return Reference().requires(params)

@@ -44,10 +44,10 @@ class LengthReference:
 
     def key_params(self, params: TokenSetParams) -> dict[str, JSON]:
         """Texts and device: windows are as long as the boundaries demand."""
-        from phiconv.tokens import read_texts, text_digest
+        from phiconv.texts import texts_key
 
         return {
-            "text_digest": text_digest(read_texts(params.tokens)),
+            "text_digest": texts_key(params.tokens, "validation"),
             "reference_device": params.reference_device,
         }
 

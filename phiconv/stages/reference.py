@@ -82,6 +82,20 @@ def check_tokens(
     return errors
 
 
+def key_of_tokens(
+    params: TokenSetParams, packaged: Literal["validation", "calibration"] = "validation"
+) -> dict[str, JSON]:
+    """What of a token set enters a cache key; asks the Hub nothing."""
+    from phiconv.texts import texts_key
+
+    return {
+        "text_digest": texts_key(params.tokens, packaged),
+        "windows": params.windows,
+        "window_length": params.window_length,
+        "reference_device": params.reference_device,
+    }
+
+
 class Reference:
     """Runs the model layer by layer; peak memory is about one layer and the activations."""
 
@@ -98,14 +112,7 @@ class Reference:
         return check_tokens(params, config, self.name)
 
     def key_params(self, params: TokenSetParams) -> dict[str, JSON]:
-        from phiconv.tokens import read_texts, text_digest
-
-        return {
-            "text_digest": text_digest(read_texts(params.tokens)),
-            "windows": params.windows,
-            "window_length": params.window_length,
-            "reference_device": params.reference_device,
-        }
+        return key_of_tokens(params)
 
     def requires(self, params: TokenSetParams) -> tuple[Requirement, ...]:
         return (

@@ -15,11 +15,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.loopback import serving
 from tests.push.xet_store import RefusedError, XetStore
 
 WRITE, READ = "hf_may_write", "hf_may_read"
@@ -83,15 +84,8 @@ def serve(hub: HubStub) -> Iterator[str]:
     class Handler(_Handler):
         stub = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(Handler) as url:
+        yield url
 
 
 class _Answer(Exception):  # noqa: N818 - it is none
