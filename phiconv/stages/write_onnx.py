@@ -40,7 +40,7 @@ class WriteOnnx:
     """Computes every weight once and writes model, external data and side files."""
 
     name: ClassVar[str] = "write-onnx"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     params: ClassVar[type[WriteOnnxParams]] = WriteOnnxParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX_GRAPH,)
     accepts_also: ClassVar[tuple[str, ...]] = (OVERLAY,)
