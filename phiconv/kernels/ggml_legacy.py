@@ -45,20 +45,28 @@ _GATHER = np.uint64(0x0102040810204080)  # times 8 bytes of 0 or 1: their bits, 
 
 
 @routine
-def _block_maxima(values: Array, spare: Array, maxima: Array) -> None:
-    """Maxima of the blocks of an int32 array; it and `spare` are used up.
+def _pair_maxima(values: Array, maxima: Array) -> None:
+    """The larger of each two neighbours."""
+    for i in range(maxima.shape[0]):
+        first, second = values[2 * i], values[2 * i + 1]
+        maxima[i] = first if first > second else second
 
-    Halving the whole chunk by pairs keeps every loop long, so that it vectorises.
+
+@routine
+def _block_maxima(values: Array, work: Array, maxima: Array) -> None:
+    """Maxima of the blocks of an integer array; `work` is as long and overwritten.
+
+    Halving the whole chunk by pairs keeps every loop long, so that it vectorises; each half has a
+    place of its own, as LLVM gives up on loops over two arrays that change places.
     """
-    count = values.shape[0]
+    start, count = 0, values.shape[0] // 2
     while count > maxima.shape[0]:
+        half = work[start : start + count]
+        _pair_maxima(values, half)
+        values = half
+        start += count
         count //= 2
-        for i in range(count):
-            first, second = values[2 * i], values[2 * i + 1]
-            spare[i] = first if first > second else second
-        values, spare = spare, values
-    for b in range(maxima.shape[0]):
-        maxima[b] = values[b]
+    _pair_maxima(values, maxima)
 
 
 @routine
@@ -71,24 +79,23 @@ def _first_of_magnitude(block: Array, magnitude: Any) -> Any:
 
 
 @routine
-def _extremes(bits: Array, work: Array, spare: Array, extremes: Array) -> None:
+def _extremes(bits: Array, work: Array, extremes: Array) -> None:
     """The first value of largest magnitude of each block, as a pattern; 0 for -0.
 
     The patterns of positive numbers are ordered as integers are and those of negative numbers lie
-    below 0; flipping the sign bit makes it the other way round.
+    below 0; as unsigned integers these lie above all others, ordered by magnitude.
     """
-    negatives = np.empty_like(extremes)
-    for i in range(bits.shape[0]):
-        work[i] = bits[i]
-    _block_maxima(work, spare, extremes)
-    for i in range(bits.shape[0]):
-        work[i] = bits[i] ^ _SIGN
-    _block_maxima(work, spare, negatives)
+    largest = np.empty_like(extremes)
+    _block_maxima(bits, work, extremes)
+    _block_maxima(bits.view(np.uint32), work.view(np.uint32), largest.view(np.uint32))
     for b in range(extremes.shape[0]):
-        positive, negative = max(extremes[b], np.int32(0)), max(negatives[b], np.int32(0))
+        positive = max(extremes[b], np.int32(0))
+        negative = np.int32(largest[b] & _MAGNITUDE) if largest[b] < 0 else np.int32(0)
         extremes[b] = positive if positive >= negative else np.int32(negative | _SIGN)
-        if positive == negative and positive > 0:
-            extremes[b] = _first_of_magnitude(bits[b * _SIZE :], positive)
+        largest[b] = positive if positive == negative else np.int32(0)
+    for b in range(extremes.shape[0]):
+        if largest[b] > 0:
+            extremes[b] = _first_of_magnitude(bits[b * _SIZE :], largest[b])
 
 
 @routine
@@ -98,14 +105,14 @@ def _ordered(bits: Any) -> Any:
 
 
 @routine
-def _ranges(bits: Array, work: Array, spare: Array, lows: Array, highs: Array) -> None:
+def _ranges(bits: Array, order: Array, work: Array, lows: Array, highs: Array) -> None:
     """Minimum and maximum of each block, as patterns; of zeros the first is the minimum."""
     for i in range(bits.shape[0]):
-        work[i] = _ordered(bits[i])
-    _block_maxima(work, spare, highs)
+        order[i] = _ordered(bits[i])
+    _block_maxima(order, work, highs)
     for i in range(bits.shape[0]):
-        work[i] = ~_ordered(bits[i])
-    _block_maxima(work, spare, lows)
+        order[i] = ~order[i]
+    _block_maxima(order, work, lows)
     for b in range(lows.shape[0]):
         highs[b] = _ordered(highs[b])
         zero = lows[b] == 0  # the complement of -0
@@ -149,6 +156,19 @@ def write_codes(codes: Array, five_bits: bool, start: int, out: Array) -> None:
             row[i] = block[i]
 
 
+@routine
+def _write_nibbles(values: Array, inverses: Array, offsets: Array, out: Array) -> None:
+    """Rounds Q4_0's codes and packs them in one loop, so that they stay in registers."""
+    top = np.int32(15)
+    for b in range(out.shape[0]):
+        low, high = values[b * _SIZE :], values[b * _SIZE + _SIZE // 2 :]
+        inverse, offset, row = inverses[b], offsets[b], out[b, 2:]
+        for i in range(_SIZE // 2):
+            lower = _truncated_code(low[i] * inverse + offset, top)
+            upper = _truncated_code(high[i] * inverse + offset, top)
+            row[i] = lower | upper << 4
+
+
 @kernel
 def quantize_symmetric(source: Array, source_format: int, five_bits: bool, out: Array) -> Any:
     """`quantize_row_q4_0_ref` or `quantize_row_q5_0_ref`.
@@ -163,7 +183,7 @@ def quantize_symmetric(source: Array, source_format: int, five_bits: bool, out: 
         Whether every value is finite.
     """
     bits = np.empty(_CHUNK * _SIZE, np.int32)
-    values, work, spare = bits.view(np.float32), np.empty_like(bits), np.empty_like(bits)
+    values, work = bits.view(np.float32), np.empty_like(bits)
     extremes, inverses = np.empty(_CHUNK, np.int32), np.empty(_CHUNK, np.float32)
     scales, offsets = extremes.view(np.float32), np.empty(_CHUNK, np.float32)
     codes = np.empty(_CHUNK * _SIZE, np.uint8)
@@ -171,7 +191,7 @@ def quantize_symmetric(source: Array, source_format: int, five_bits: bool, out: 
     worst = np.int32(0)
     for start in range(0, out.shape[0], _CHUNK):
         worst = max(worst, load_values(source, source_format, start * _SIZE, bits))
-        _extremes(bits, work, spare, extremes)
+        _extremes(bits, work, extremes)
         for b in range(_CHUNK):
             scale = scales[b] / -half
             inverse = _reciprocal(scale)
@@ -179,15 +199,18 @@ def quantize_symmetric(source: Array, source_format: int, five_bits: bool, out: 
             scales[b] = scale
             inverses[b] = inverse
             offsets[b] = _ZERO if overflow else half + np.float32(0.5)
-        for b in range(_CHUNK):
-            block, target = values[b * _SIZE :], codes[b * _SIZE :]
-            inverse, offset = inverses[b], offsets[b]
-            for i in range(_SIZE):
-                target[i] = _truncated_code(block[i] * inverse + offset, top)
         target = out[start : start + _CHUNK]
         for b in range(target.shape[0]):
             put_half(target[b], half_bits(scales[b]))
-        write_codes(codes, five_bits, 2, target)
+        if five_bits:
+            for b in range(_CHUNK):
+                block, row = values[b * _SIZE :], codes[b * _SIZE :]
+                inverse, offset = inverses[b], offsets[b]
+                for i in range(_SIZE):
+                    row[i] = _truncated_code(block[i] * inverse + offset, top)
+            write_codes(codes, five_bits, 2, target)
+        else:
+            _write_nibbles(values, inverses, offsets, target)
     return worst < INFINITY_BITS
 
 
@@ -198,7 +221,7 @@ def quantize_affine(source: Array, source_format: int, five_bits: bool, out: Arr
     Blocks have 20 or, with `five_bits`, 24 bytes.
     """
     bits = np.empty(_CHUNK * _SIZE, np.int32)
-    values, work, spare = bits.view(np.float32), np.empty_like(bits), np.empty_like(bits)
+    values, order, work = bits.view(np.float32), np.empty_like(bits), np.empty_like(bits)
     low_bits, high_bits = np.empty(_CHUNK, np.int32), np.empty(_CHUNK, np.int32)
     lows, scales = low_bits.view(np.float32), high_bits.view(np.float32)
     inverses = np.empty(_CHUNK, np.float32)
@@ -207,7 +230,7 @@ def quantize_affine(source: Array, source_format: int, five_bits: bool, out: Arr
     worst = np.int32(0)
     for start in range(0, out.shape[0], _CHUNK):
         worst = max(worst, load_values(source, source_format, start * _SIZE, bits))
-        _ranges(bits, work, spare, low_bits, high_bits)
+        _ranges(bits, order, work, low_bits, high_bits)
         for b in range(_CHUNK):
             scales[b] = (scales[b] - lows[b]) / np.float32(top)
             inverses[b] = _reciprocal(scales[b])
@@ -233,15 +256,15 @@ def quantize_bytes(source: Array, source_format: int, out: Array) -> Any:
     where adding one half would lift 0.49999997 to 1.
     """
     bits = np.empty(_CHUNK * _SIZE, np.int32)
-    values, work, spare = bits.view(np.float32), np.empty_like(bits), np.empty_like(bits)
+    values, magnitudes, work = bits.view(np.float32), np.empty_like(bits), np.empty_like(bits)
     extremes, inverses = np.empty(_CHUNK, np.int32), np.empty(_CHUNK, np.float32)
     scales = extremes.view(np.float32)
     worst = np.int32(0)
     for start in range(0, out.shape[0], _CHUNK):
         worst = max(worst, load_values(source, source_format, start * _SIZE, bits))
         for i in range(bits.shape[0]):
-            work[i] = bits[i] & _MAGNITUDE
-        _block_maxima(work, spare, extremes)
+            magnitudes[i] = bits[i] & _MAGNITUDE
+        _block_maxima(magnitudes, work, extremes)
         for b in range(_CHUNK):
             scales[b] = scales[b] / np.float32(127)
             inverses[b] = _reciprocal(scales[b])
