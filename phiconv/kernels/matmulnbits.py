@@ -152,7 +152,7 @@ def _quantize(
     """Quantizes a matrix row by row; a row and its scratch stay in the first-level cache.
 
     What is None decides at compile time: without `zero_points` the rule is the symmetric one,
-    without `columns`, float32 `[block_size, > blocks]` scratch, no scales are searched.
+    without `columns`, float32 `[block_size, >= blocks]` scratch, no scales are searched.
     """
     blocks = scales.shape[1]
     block_shift = 4
@@ -165,11 +165,12 @@ def _quantize(
     folded, spare = np.empty(padded // 2, np.int32), np.empty(padded // 2, np.int32)
     positive, negative = np.empty(blocks, np.int32), np.empty(blocks, np.int32)
     high, low = positive.view(np.float32), negative.view(np.float32)
-    lanes = blocks + 1  # the fixed-length loops look one block of 16 ahead
+    lanes = 0
     if columns is not None:
         lanes = columns.shape[1]
-    scale, zero = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
-    reciprocal = np.zeros(lanes, np.float32)
+    ahead = max(lanes, blocks + 1)  # the fixed-length loops look one block of 16 ahead
+    scale, zero = np.zeros(ahead, np.float32), np.zeros(ahead, np.float32)
+    reciprocal = np.zeros(ahead, np.float32)
     row = np.empty(length * bits // 8, np.uint8)
     top = np.float32((1 << bits) - 1)
     worst = np.int32(0)
@@ -186,10 +187,11 @@ def _quantize(
         for b in range(blocks):
             reciprocal[b] = reciprocal_of(scale[b])
         if columns is not None:
-            for b in range(blocks):
-                for j in range(block_size):
-                    columns[j, b] = values[b * block_size + j]
-            search_scales(columns, scale, reciprocal, zero, top, half)
+            for j in range(block_size):  # reading with strides is faster than writing with them
+                column = columns[j]
+                for b in range(blocks):
+                    column[b] = values[b * block_size + j]
+            search_scales(columns, scale[:lanes], reciprocal[:lanes], zero[:lanes], top, half)
         _store_scales(scale, half, scales[r])
         if bits == 4:
             _pack_nibbles(values, reciprocal, zero, block_shift, row)
@@ -290,7 +292,7 @@ def quantize_rows(
     bit_scales = _bit_scales(scales, shapes.scales)
     columns = None
     if search == "mse":
-        lanes = (shapes.scales[1] // 16 + 1) * 16  # whole vectors, and more than blocks
+        lanes = -(-shapes.scales[1] // 16) * 16  # whole vectors
         columns = np.zeros((block_size, lanes), np.float32)
     return bool(
         _quantize(
