@@ -23,6 +23,7 @@ from phiconv.kernels.plain_rule import (
     asymmetric_rule,
     block_ranges,
     code,
+    column_ranges,
     reciprocal_of,
     symmetric_rule,
 )
@@ -176,7 +177,14 @@ def _quantize(
     worst = np.int32(0)
     for r in range(source.shape[0]):
         _load_row(source[r], source_format, half, pattern)
-        block_ranges(pattern, folded, spare, positive, negative)
+        if columns is not None:
+            for j in range(block_size):  # reading with strides is faster than writing with them
+                column = columns[j]
+                for b in range(blocks):
+                    column[b] = values[b * block_size + j]
+            column_ranges(columns.view(np.int32), positive, negative)
+        else:
+            block_ranges(pattern, folded, spare, positive, negative)
         for b in range(blocks):
             worst = max(worst, positive[b], negative[b])
         if zero_points is None:
@@ -187,10 +195,6 @@ def _quantize(
         for b in range(blocks):
             reciprocal[b] = reciprocal_of(scale[b])
         if columns is not None:
-            for j in range(block_size):  # reading with strides is faster than writing with them
-                column = columns[j]
-                for b in range(blocks):
-                    column[b] = values[b * block_size + j]
             search_scales(columns, scale[:lanes], reciprocal[:lanes], zero[:lanes], top, half)
         _store_scales(scale, half, scales[r])
         if bits == 4:
