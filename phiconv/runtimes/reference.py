@@ -5,9 +5,9 @@ mask functions); only the loop over the layers is ours. A layer's weights are re
 checkpoint, used for every window and dropped, so peak memory is about one layer in fp32 plus the
 activations [n, T, hidden], whatever the model's depth.
 
-On the CPU the result does not depend on the number of threads (PyTorch's matrix products sum in
-the same order), and is the same on every run on one machine. Another processor or a CUDA device
-sums in another order: about 1e-6 of the logits.
+On the CPU the result does not depend on the number of threads (its matrix products sum in the same
+order), and is the same on every run on one machine. Another processor or a CUDA device sums in
+another order: about 1e-6 of the logits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from phiconv.errors import EnvironmentLacksError, StageError
+from phiconv.runtimes.linear import compute_linear_layers, linear
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
 
 Device = Literal["cpu", "cuda"]
-
-REFERENCE_VERSION = 1
-"""Bumped whenever the hidden states change by more than rounding for equal inputs."""
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -76,9 +74,8 @@ def final_hidden_states(
             observe(0, stream.cpu().numpy())
         rotary = rotary_embedding(config, windows.shape[1], device)
         for index in range(config.num_hidden_layers):
-            run_layer(
-                decoder_layer(checkpoint, config, index, device), config, stream, rotary, device
-            )
+            layer = compute_linear_layers(decoder_layer(checkpoint, config, index, device))
+            run_layer(layer, config, stream, rotary, device)
             _check_finite(stream, f"layer {index}", checkpoint)
             if observe is not None:
                 observe(index + 1, stream.cpu().numpy())
@@ -122,7 +119,7 @@ class LanguageModelHead:
             out = torch.empty(len(hidden), rows, dtype=torch.float32, device=self._device)
             for start in range(0, rows, _HEAD_ROWS):
                 block = self._weight[start : start + _HEAD_ROWS].to(torch.float32)
-                out[:, start : start + _HEAD_ROWS] = inputs @ block.T
+                out[:, start : start + _HEAD_ROWS] = linear(inputs, block)
             result: NDArray[np.float32] = out.cpu().numpy()
         return result
 

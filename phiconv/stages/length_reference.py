@@ -31,7 +31,7 @@ class LengthReference:
     """Runs the model on texts that end at and beyond each boundary within reach."""
 
     name: ClassVar[str] = "length-reference"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     params: ClassVar[type[TokenSetParams]] = TokenSetParams
     accepts: ClassVar[tuple[str, ...]] = ()
     produces: ClassVar[str] = LENGTH_REFERENCE

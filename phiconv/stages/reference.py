@@ -100,7 +100,7 @@ class Reference:
     """Runs the model layer by layer; peak memory is about one layer and the activations."""
 
     name: ClassVar[str] = "reference"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     params: ClassVar[type[TokenSetParams]] = TokenSetParams
     accepts: ClassVar[tuple[str, ...]] = ()
     produces: ClassVar[str] = REFERENCE

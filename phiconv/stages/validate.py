@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from phiconv.runtimes.stored_reference import StoredReference
     from phiconv.stages.checks import Checked
 
-POSITIONS_FILE = "positions.npz"
-
 
 class Gate(BaseModel):
     """The values of a metric that pass."""
@@ -114,7 +112,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
@@ -326,6 +324,7 @@ def _measure(
     """Runs the artifact and compares it; writes the per-position values to `ctx.out`."""
     from phiconv.metrics import compare_windows, summarise
     from phiconv.report.distribution import kl_by_position, kl_histogram
+    from phiconv.report.positions import POSITIONS
     from phiconv.report.results import Measurement
     from phiconv.runtimes import RUNTIMES, ArtifactFolder, GeneratingRuntime
     from phiconv.runtimes.reference import LanguageModelHead
@@ -343,7 +342,7 @@ def _measure(
     metrics: dict[str, float | None] = {**summarise(positions)}
     if isinstance(runtime, GeneratingRuntime):
         metrics |= generation_metrics(runtime, params, reference.windows, head, ctx)
-    _save_positions(ctx.out / POSITIONS_FILE, positions, shape)
+    _save_positions(ctx.out / POSITIONS, positions, shape)
     kl_divergence = positions.kl_divergence.reshape(shape)
     return Measurement(
         status="measured",
@@ -375,7 +374,7 @@ def _probed(
 
 
 def _save_positions(file: Path, positions: PositionStatistics, shape: tuple[int, ...]) -> None:
-    """Per-position values [n, T] for plots and for a closer look."""
+    """Per-position values [n, T], which a report takes over (phiconv/report/positions.py)."""
     import numpy as np
 
     np.savez(
