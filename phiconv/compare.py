@@ -1,8 +1,9 @@
 """Compares two reports: is the candidate worse than the baseline, and by how much?
 
 Only measurements on the same tokens against the same reference can be compared. They share the
-noise of these tokens, so the standard errors given for differences, which take both measurements
-for independent, are upper bounds.
+difficulty of these tokens, so a difference is far surer than its two sides: its standard error
+follows from the values of every position, kept beside each report (`phiconv.report.positions`).
+Where they do not, as with reports of an older phiconv, both measurements are taken for independent.
 """
 
 from __future__ import annotations
@@ -11,52 +12,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from phiconv.errors import EnvironmentLacksError, GateError, PhiconvError, Problems, RecipeError
-from phiconv.gates import BUILT_IN, judge, unknown_metric
+from phiconv.errors import EnvironmentLacksError, GateError, RecipeError
+from phiconv.gates import judge
 from phiconv.metrics import METRICS
 from phiconv.publish import ARTIFACT, REPORT
 from phiconv.report import REPORT_JSON
+from phiconv.report.positions import POSITIONS, PositionsError, read_positions
 
 if TYPE_CHECKING:
-    from phiconv.gates import Bound, Limits
+    from phiconv.allowances import Allowance
+    from phiconv.gates import Limits
     from phiconv.report.results import GateResult, RunResult, Validation
 
 # 0.97 - 0.96 is a little more than 0.01.
 _ROUNDING = 1e-9
 
-MAX_REGRESSION = "max_regression"
-"""The key of a gates file beside `min` and `max`: how much worse than the baseline."""
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """By how much a metric may get worse.
-
-    Attributes:
-        absolute: In the metric's own unit.
-        relative: As a share of the baseline's value.
-        by_default: Whether it holds because nobody set another.
-    """
-
-    absolute: float = 0.0
-    relative: float = 0.0
-    by_default: bool = False
-
-    def of(self, baseline: float) -> float:
-        """The greater of both, in the metric's own unit."""
-        return max(self.absolute, self.relative * abs(baseline))
-
-
-DEFAULT: Mapping[str, Allowance] = {
-    # a tenth, but of a divergence that is no more than rounding a little in any case
-    "kl_divergence.mean": Allowance(absolute=1e-4, relative=0.1, by_default=True),
-    "top1_agreement": Allowance(absolute=0.01, by_default=True),
-    "perplexity.ratio": Allowance(absolute=0.01, by_default=True),
-    **{name: Allowance(by_default=True) for name in BUILT_IN},
-}
-"""What `phiconv compare` allows when it is not told otherwise."""
+# An unpaired error is no more than a rough measure of noise.
+_UNPAIRED_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +39,28 @@ class Side:
 
     file: Path
     result: RunResult
+
+    @property
+    def positions(self) -> Path:
+        """Where the values of every position lie, if they do."""
+        return self.file.with_name(POSITIONS)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The standard errors of the differences between two measurements.
+
+    Attributes:
+        kind: `paired` by position, or `unpaired`: as of independent measurements.
+        by_metric: Metric -> standard error of candidate minus baseline.
+        factor: A difference within that many of them is not called better or worse.
+        about: How they were found, in words.
+    """
+
+    kind: Literal["paired", "unpaired"]
+    by_metric: Mapping[str, float]
+    factor: float
+    about: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,9 @@ class Row:
         metric: Its name.
         baseline, candidate: The values.
         difference: Candidate minus baseline.
-        standard_error: Of the difference, an upper bound; None when it is not known.
+        standard_error: Of the difference; None when it is not known.
+        noise: A difference up to this is not called better or worse: 0 for what is counted, None
+            where nothing is known of it.
         worsening: By how much the candidate is worse; None when no way is better.
         allowed: How much worse it may be; None without a regression gate.
         passed: Whether it is within that.
@@ -86,6 +84,7 @@ class Row:
     candidate: float | None
     difference: float | None
     standard_error: float | None
+    noise: float | None
     worsening: float | None
     allowed: float | None = None
     passed: bool = True
@@ -95,7 +94,7 @@ class Row:
         """`passed` or `failed` by a gate; else `better` or `worse` where that is beyond noise."""
         if self.allowed is not None:
             return "passed" if self.passed else "failed"
-        if not self.worsening or abs(self.worsening) <= 2 * (self.standard_error or 0):
+        if not self.worsening or self.noise is None or abs(self.worsening) <= self.noise:
             return ""
         return "worse" if self.worsening > 0 else "better"
 
@@ -106,12 +105,14 @@ class Pair:
 
     Attributes:
         baseline, candidate: The validations.
+        errors: The standard errors of the differences.
         rows: Every metric that either has.
         gates: The candidate judged by the limits that were given.
     """
 
     baseline: Validation
     candidate: Validation
+    errors: Errors
     rows: tuple[Row, ...]
     gates: tuple[GateResult, ...]
 
@@ -127,6 +128,7 @@ class Pair:
             if not row.passed:
                 was, now = _figure(row.baseline), _figure(row.candidate)
                 by = f"worse by {_figure(row.worsening)}" if row.worsening is not None else "worse"
+                by += f" ± {row.standard_error:.2g}" if row.standard_error is not None else ""
                 lines.append(
                     f"failed: {row.metric} is {by} ({was} -> {now}), "
                     f"allowed {_figure(row.allowed)}, {where}"
@@ -189,87 +191,6 @@ def open_report(path: Path) -> Side:
     return Side(file, read_report_file(file))
 
 
-def regression_gates(
-    file: Path | None, settings: Sequence[str]
-) -> tuple[dict[str, Allowance], dict[str, dict[Bound, float]]]:
-    """The allowances and limits of a gates file, or the defaults, with settings on top.
-
-    Args:
-        file: Maps metric names to `max_regression`, `min` and `max`.
-        settings: Texts `metric=allowance`.
-
-    Raises:
-        RecipeError: What is wrong (`Problems` for several).
-    """
-    from phiconv.recipe.gates_file import read_gates
-
-    allowances, limits = dict(DEFAULT), {}
-    if file is not None:
-        found = read_gates(file, generates=True, also=(MAX_REGRESSION,))
-        limits = found.limits
-        texts = {
-            name: (str(extra[MAX_REGRESSION]), f"{file}: {name}.{MAX_REGRESSION}")
-            for name, extra in found.extra.items()
-        }
-        allowances = with_allowances({}, texts)
-    texts = {}
-    for setting in settings:
-        name, _, text = setting.partition("=")
-        texts[name.strip()] = text, f"--max-regression {setting}"
-    return with_allowances(allowances, texts), limits
-
-
-def parse_allowance(text: str, where: str) -> Allowance:
-    """An allowance as it is written: `0.002`, or `10%` of the baseline.
-
-    Raises:
-        RecipeError: It is neither, or is negative.
-    """
-    number = text.strip()
-    try:
-        value = float(number.removesuffix("%"))
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise RecipeError(
-            f"wants a number of at least 0, or a percentage of the baseline, not {text!r}",
-            where=where,
-            remedy="such as 0.002 or 10%",
-        )
-    return Allowance(relative=value / 100) if number.endswith("%") else Allowance(absolute=value)
-
-
-def with_allowances(
-    base: Mapping[str, Allowance], texts: Mapping[str, tuple[str, str]]
-) -> dict[str, Allowance]:
-    """The allowances with others set.
-
-    Args:
-        base: Those that hold so far.
-        texts: Metric name -> what is written, and where it stands.
-
-    Raises:
-        RecipeError: A metric is unknown or has no better way, or what is written is no allowance
-            (`Problems` for several).
-    """
-    allowances = dict(base)
-    errors: list[PhiconvError] = []
-    for name, (text, where) in texts.items():
-        if name not in METRICS:
-            message, remedy = unknown_metric(name)
-            errors.append(RecipeError(message, where=where, remedy=remedy))
-        elif METRICS[name].better == "neither":
-            errors.append(RecipeError(f"{name} can get neither better nor worse", where=where))
-        else:
-            try:
-                allowances[name] = parse_allowance(text, where)
-            except RecipeError as error:
-                errors.append(error)
-    if errors:
-        raise errors[0] if len(errors) == 1 else Problems(errors)
-    return allowances
-
-
 def compare(
     baseline: Side, candidate: Side, allowances: Mapping[str, Allowance], limits: Limits
 ) -> Comparison:
@@ -290,9 +211,11 @@ def compare(
     pairs = []
     for old, new in found:
         _check_tokens(baseline, candidate, old, new)
-        rows = _rows(old, new, allowances)
+        errors = _errors((baseline, old), (candidate, new))
+        rows = _rows(old, new, errors, allowances)
         gates = judge(new.measurement, limits)
-        pairs.append(Pair(old, new, rows, tuple(gate for gate in gates if not gate.built_in)))
+        own = tuple(gate for gate in gates if not gate.built_in)
+        pairs.append(Pair(old, new, errors, rows, own))
     return Comparison(baseline, candidate, tuple(pairs), not_run)
 
 
@@ -343,7 +266,33 @@ def _measured(side: Side) -> list[Validation]:
     return [v for v in side.result.validations if v.measurement.status == "measured"]
 
 
-def _rows(old: Validation, new: Validation, allowances: Mapping[str, Allowance]) -> tuple[Row, ...]:
+def _errors(baseline: tuple[Side, Validation], candidate: tuple[Side, Validation]) -> Errors:
+    """The errors of the differences: paired where both have the values of every position."""
+    from phiconv.metrics.paired import FEWEST_WINDOWS, noise_factor, paired_errors
+
+    try:
+        old, new = (
+            read_positions(side.positions, validation) for side, validation in (baseline, candidate)
+        )
+    except PositionsError as error:
+        about = f"unpaired, as of independent measurements: {error}"
+        return Errors("unpaired", _unpaired(baseline[1], candidate[1]), _UNPAIRED_FACTOR, about)
+    windows = len(old.kl_divergence)
+    about = f"paired by position, {windows} windows"
+    if windows < FEWEST_WINDOWS:
+        about += f" (fewer than {FEWEST_WINDOWS}: positions taken for independent)"
+    return Errors("paired", paired_errors(old, new), noise_factor(windows), about)
+
+
+def _unpaired(old: Validation, new: Validation) -> dict[str, float]:
+    """As if the measurements were independent: the root of the sum of both squared errors."""
+    ours, theirs = standard_errors(old), standard_errors(new)
+    return {name: math.hypot(ours[name], theirs[name]) for name in ours if name in theirs}
+
+
+def _rows(
+    old: Validation, new: Validation, errors: Errors, allowances: Mapping[str, Allowance]
+) -> tuple[Row, ...]:
     both = (old.measurement.metrics, new.measurement.metrics)
     asked = [name for name, allowance in allowances.items() if not allowance.by_default]
     for name in asked:
@@ -353,7 +302,6 @@ def _rows(old: Validation, new: Validation, allowances: Mapping[str, Allowance])
                 where=f"{old.stage}, {new.stage}",
                 remedy="validate both with the same runtime, or leave this gate out",
             )
-    errors = (standard_errors(old), standard_errors(new))
     names = [
         name
         for name in METRICS
@@ -365,24 +313,24 @@ def _rows(old: Validation, new: Validation, allowances: Mapping[str, Allowance])
 def _row(
     name: str,
     both: Sequence[Mapping[str, float | None]],
-    errors: Sequence[Mapping[str, float]],
+    errors: Errors,
     allowance: Allowance | None,
 ) -> Row:
     was, now = (metrics.get(name) for metrics in both)
     difference = now - was if was is not None and now is not None else None
-    error = None
-    if all(name in known for known in errors):
-        error = math.hypot(*(known[name] for known in errors))
+    error = None if difference is None else errors.by_metric.get(name)
+    counted = METRICS[name].function is None
+    noise = errors.factor * error if error is not None else 0.0 if counted else None
     better = METRICS[name].better
     worsening = None
     if difference is not None and better != "neither":
         worsening = difference if better == "lower" else -difference
     if allowance is None or any(name not in metrics for metrics in both):
-        return Row(name, was, now, difference, error, worsening)
+        return Row(name, was, now, difference, error, noise, worsening)
     allowed = allowance.of(was or 0.0)
     # a baseline that was not finite can only be bettered by a value that is
     passed = now is not None if worsening is None else worsening <= allowed * (1 + _ROUNDING)
-    return Row(name, was, now, difference, error, worsening, allowed, passed)
+    return Row(name, was, now, difference, error, noise, worsening, allowed, passed)
 
 
 def standard_errors(validation: Validation) -> dict[str, float]:

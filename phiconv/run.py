@@ -158,11 +158,12 @@ def build(
         runner.ensure(step)
     entry = runner.made[plan.shipped].entry
     result = assess(plan, runner.made, Shipped.of(entry))
+    measurements = measurement_folders(plan, runner.made)
 
     def write_report(folder: Path) -> None:
         from phiconv.report import write_reports
 
-        write_reports(result, folder)
+        write_reports(result, folder, measurements)
 
     try:
         lendable = entry.key not in needed
@@ -371,6 +372,12 @@ def assess(plan: Plan, made: Mapping[str, Made], shipped: Shipped) -> RunResult:
         machine=machine.describe(),
         release_path=plan.recipe.text.release.path if plan.recipe.text.release else None,
     )
+
+
+def measurement_folders(plan: Plan, made: Mapping[str, Made]) -> dict[str, Path]:
+    """Where the measurement of each validate stage lies."""
+    measured = (step for step in plan.steps if step.stage.produces == MEASUREMENT)
+    return {step.id: made[step.id].entry.path for step in measured}
 
 
 def _validation(plan: Plan, step: Step, entry: Entry) -> Validation:

@@ -10,7 +10,7 @@ from phiconv.units import seconds_text, size_text
 
 if TYPE_CHECKING:
     from phiconv.batch import Outcome
-    from phiconv.compare import Comparison, Pair
+    from phiconv.compare import Comparison, Pair, Row
     from phiconv.doctor import Finding
     from phiconv.gguf.contents import GgufSummary
     from phiconv.inspect import CheckpointSummary, OnnxSummary
@@ -155,6 +155,7 @@ def comparison_lines(comparison: Comparison) -> list[tuple[str, str | None]]:
         source = comparison.baseline.result.checkpoint.source
         lines.append((f"on {pair.candidate.measurement.tokens}, reference {source}", None))
         lines += [(line, None) for line in table(_comparison_rows(pair))]
+        lines.append((f"± standard error, {pair.errors.about}", None))
     lines += [(f"not compared: {line}", "yellow") for line in comparison.not_run]
     lines += [(line, "red") for line in comparison.failures]
     gates = sum(pair.regression_gates + len(pair.gates) for pair in comparison.pairs)
@@ -167,22 +168,27 @@ def comparison_lines(comparison: Comparison) -> list[tuple[str, str | None]]:
 
 def _comparison_rows(pair: Pair) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
-        ("metric", "baseline", "candidate", "difference", "+- at most", "may worsen by", "")
+        ("metric", "baseline", "candidate", "difference", "may worsen by", "")
     ]
     for row in pair.rows:
         figures = [_or_dash(value) for value in (row.baseline, row.candidate)]
-        difference = "-" if row.difference is None else f"{row.difference:+.4g}"
         rows.append(
             (
                 row.metric,
                 *figures,
-                "0" if row.difference == 0 else difference,
-                "" if row.standard_error is None else f"{row.standard_error:.2g}",
+                _difference(row),
                 "" if row.allowed is None else f"{row.allowed:.4g}",
                 row.state,
             )
         )
     return rows
+
+
+def _difference(row: Row) -> str:
+    if row.difference is None:
+        return "-"
+    text = "0" if row.difference == 0 else f"{row.difference:+.4g}"
+    return text if row.standard_error is None else f"{text} ± {row.standard_error:.2g}"
 
 
 def _or_dash(value: float | None) -> str:

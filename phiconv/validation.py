@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from phiconv.progress import Display
 from phiconv.recipe.model import ModelSource, Recipe, RecipeText, StageEntry, StageUse
 from phiconv.report.results import FileRecord, RunResult
 from phiconv.resources import Meter
-from phiconv.run import Built, Runner, Shipped, assess, open_checkpoint
+from phiconv.run import Built, Runner, Shipped, assess, measurement_folders, open_checkpoint
 from phiconv.stages.stage import GGUF, ONNX, InputRef
 from phiconv.stages.validate import Validate, ValidateParams
 from phiconv.workspace import Session, Workspace
@@ -110,7 +110,7 @@ def validate_artifact(
         kinds = tensor_kinds(found.path)
         shipped = Shipped(given.key, files, kinds)
         result = assess(plan, runner.made, shipped)
-        _write(result, out, session)
+        _write(result, measurement_folders(plan, runner.made), out, session)
     return Outcome(recipe, Built(plan, result, found.path, out), None)
 
 
@@ -254,8 +254,10 @@ def _key(kind: str, files: tuple[FileRecord, ...]) -> str:
     return digest({"artifact": kind, "files": {file.path: file.digest for file in files}})
 
 
-def _write(result: RunResult, out: Path, session: Session) -> None:
-    """Puts the four reports into `out`, each whole or not at all, whatever else is there."""
+def _write(
+    result: RunResult, measurements: Mapping[str, Path], out: Path, session: Session
+) -> None:
+    """Puts the reports into `out`, each whole or not at all, whatever else is there."""
     from phiconv.report import write_reports
 
     out.mkdir(parents=True, exist_ok=True)
@@ -263,7 +265,7 @@ def _write(result: RunResult, out: Path, session: Session) -> None:
     with session.workspace.lock(f"out-{name}"):
         new = Path(tempfile.mkdtemp(prefix=".phiconv-", dir=out))
         try:
-            write_reports(result, new)
+            write_reports(result, new, measurements)
             for file in sorted(new.iterdir()):
                 file.replace(out / file.name)
         finally:

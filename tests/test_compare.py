@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from phiconv.compare import DEFAULT, Allowance, compare, open_report, parse_allowance
+from phiconv.allowances import DEFAULT, Allowance, parse_allowance
+from phiconv.compare import compare, open_report
 from phiconv.errors import RecipeError
 from phiconv.metrics import METRICS
+from phiconv.report import write_reports
 from phiconv.report.document import report_json
 from phiconv.report.results import Measurement, RunResult, Validation
 from tests.report.results import (
@@ -20,9 +25,11 @@ from tests.report.results import (
     DML,
     measured,
     not_run,
+    positions,
     result,
     validation,
     with_checks,
+    with_positions,
 )
 from tests.terminal import Terminal
 
@@ -126,6 +133,65 @@ def test_a_new_fault_found_by_a_check_is_a_regression(saved: Save) -> None:
     assert compare(new, old, DEFAULT, {}).failures == []
 
 
+@pytest.fixture
+def built(tmp_path: Path) -> Callable[[str, int], Path]:
+    def save(name: str, seed: int) -> Path:
+        measurement = with_positions(tmp_path / f"measurement-{name}", seed)
+        folders = {"check": tmp_path / f"measurement-{name}"}
+        write_reports(build(validation("check", measurement)), tmp_path / name / "report", folders)
+        return tmp_path / name
+
+    return save
+
+
+Built = Callable[[str, int], Path]
+
+
+def test_differences_are_paired_by_position(built: Built, phiconv: Terminal) -> None:
+    one, two = built("one", 1), built("two", 2)
+    (pair,) = compare(open_report(one), open_report(two), DEFAULT, {}).pairs
+    assert pair.errors.kind == "paired"
+    rows = {row.metric: row for row in pair.rows}
+    row = rows["kl_divergence.mean"]
+    means = [positions(seed)["kl_divergence"].mean(axis=1, dtype=np.float64) for seed in (2, 1)]
+    expected = stats.ttest_rel(*means)
+    assert row.difference is not None
+    assert row.standard_error is not None
+    assert row.difference / row.standard_error == pytest.approx(expected.statistic, rel=1e-4)
+    assert row.standard_error < math.sqrt(2) * 3e-4 / 2, "the unpaired one"
+    assert row.noise == pytest.approx(row.standard_error * stats.t.ppf(0.975, 7), rel=1e-3)
+    done = phiconv("compare", str(one), str(two))
+    assert f"{row.difference:+.4g} ± {row.standard_error:.2g}" in done.out
+    assert "± standard error, paired by position, 8 windows" in done.out
+    document = json.loads(phiconv("compare", str(one), str(two), "--json").out)
+    (shown,) = document["pairs"]
+    assert shown["errors"] == {"kind": "paired", "about": "paired by position, 8 windows"}
+
+
+def test_a_report_copied_with_its_folder_is_still_paired(built: Built, tmp_path: Path) -> None:
+    one, two = built("one", 1), built("two", 2)
+    shutil.copytree(one / "report", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "measurement-one")
+    (pair,) = compare(open_report(tmp_path / "elsewhere"), open_report(two), {}, {}).pairs
+    assert pair.errors.kind == "paired"
+
+
+def test_without_positions_of_either_errors_are_unpaired(
+    built: Built, phiconv: Terminal, tmp_path: Path
+) -> None:
+    one, two = built("one", 1), built("two", 2)
+    alone = tmp_path / "alone.json"
+    shutil.copy(one / "report" / "report.json", alone)
+    for sides in ((alone, two), (two, alone)):
+        done = phiconv("compare", *map(str, sides))
+        assert done.code == 0
+        assert "± standard error, unpaired, as of independent measurements: there is no" in done.out
+        assert "± 0.00042" in done.out
+    (pair,) = compare(open_report(alone), open_report(two), {}, {}).pairs
+    rows = {row.metric: row for row in pair.rows}
+    assert rows["kl_divergence.mean"].standard_error == pytest.approx(math.sqrt(2) * 3e-4)
+
+
 def test_standard_errors_are_those_of_independent_measurements(saved: Save) -> None:
     values = {
         "kl_divergence__standard_error": 3e-4,
@@ -217,7 +283,7 @@ def test_gates_of_a_file(saved: Save, phiconv: Terminal, tmp_path: Path) -> None
     done = phiconv("compare", str(old), str(new), "--gates", str(gates))
     assert done.code == 4
     failed = [line for line in done.out.splitlines() if line.startswith("failed")]
-    assert failed[0].startswith("failed: top1_agreement is worse by 0.47 (0.97 -> 0.5)")
+    assert failed[0].startswith("failed: top1_agreement is worse by 0.47 ± 0.0083 (0.97 -> 0.5)")
     assert failed[1].startswith("failed: top1_agreement measured 0.5, limit min 0.9")
     gates.write_text("top1_agreement: {max_regresion: 1%}\n")
     done = phiconv("compare", str(old), str(new), "--gates", str(gates))

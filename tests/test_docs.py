@@ -13,7 +13,7 @@ import click
 import jsonschema
 import pytest
 
-from phiconv import compare
+from phiconv import allowances
 from phiconv.cli import cli
 from phiconv.gates import BUILT_IN, DEFAULT, DEFAULT_GENERATION
 from phiconv.metrics import METRICS
@@ -82,8 +82,8 @@ def test_validation_is_documented_as_it_is() -> None:
     for name in BUILT_IN:
         assert text.count(f"`{name}`") >= 2, name
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*[\d.]+) \|$", text, re.MULTILINE))
-    for name, allowance in compare.DEFAULT.items():
-        if allowance != compare.Allowance(by_default=True):
+    for name, allowance in allowances.DEFAULT.items():
+        if allowance != allowances.Allowance(by_default=True):
             assert f"{allowance.absolute:g}" in rows[name], name
             share = f"{allowance.relative:.0%}".replace("%", " %")
             assert not allowance.relative or share in rows[name], name

@@ -19,7 +19,7 @@ from tests.phi3_checkpoints import write_phi3_checkpoint
 from tests.terminal import Done, Terminal
 
 SHORT = ("--windows", "3", "--window-length", "64")
-REPORTS = {"report.json", "report.md", "junit.xml", "report.html"}
+REPORTS = {"report.json", "report.md", "junit.xml", "report.html", "positions.npz"}
 
 
 @pytest.fixture(scope="module")

@@ -43,12 +43,14 @@ def compare(
 
     BASELINE and CANDIDATE are report.json files, folders with one, or output folders of `phiconv
     build` and `phiconv validate`; the baseline is such as the last release. Both must have been
-    measured on the same tokens against the same reference.
+    measured on the same tokens against the same reference. With positions.npz beside both reports
+    the errors of the differences are paired, which tells far smaller ones from noise.
     """
     from dataclasses import asdict
 
+    from phiconv.allowances import regression_gates
     from phiconv.compare import compare as compare_reports
-    from phiconv.compare import open_report, regression_gates
+    from phiconv.compare import open_report
     from phiconv.summary import comparison_lines
 
     allowances, limits = regression_gates(gates, regressions)
@@ -63,6 +65,7 @@ def compare(
                         "stages": [pair.baseline.stage, pair.candidate.stage],
                         "verdicts": [pair.baseline.verdict, pair.candidate.verdict],
                         "tokens": asdict(pair.candidate.measurement.tokens),
+                        "errors": {"kind": pair.errors.kind, "about": pair.errors.about},
                         "metrics": [asdict(row) for row in pair.rows],
                         "gates": [asdict(gate) for gate in pair.gates],
                     }

@@ -58,6 +58,7 @@ def test_reports_and_their_index(released: Path) -> None:
             "report.json",
             "report.md",
             "junit.xml",
+            "positions.npz",
         }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from phiconv.gates import Limits, judge
 from phiconv.report.distribution import kl_by_position, kl_histogram
+from phiconv.report.positions import POSITIONS
 from phiconv.report.results import (
     Check,
     CheckpointRecord,
@@ -60,6 +62,42 @@ def measured(
         kl_histogram=kl_histogram(kl),
         kl_by_position=kl_by_position(kl),
     )
+
+
+def positions(seed: int) -> dict[str, np.ndarray]:
+    """The arrays of a measurement; measurements share the difficulty of the tokens."""
+    own = np.random.default_rng(seed)
+    shape = (TOKENS.windows, TOKENS.window_length)
+    kl = kl_values() * own.lognormal(0, 0.05, shape)
+    reference = -np.random.default_rng(1).exponential(2.5, shape)
+    candidate = reference + 0.01 * own.normal(size=shape)
+    reference[:, -1] = candidate[:, -1] = np.nan
+    return {
+        "kl_divergence": kl.astype(np.float32),
+        "top1_equal": own.random(shape) < 0.97,
+        "reference_log_probability": reference,
+        "candidate_log_probability": candidate,
+    }
+
+
+def with_positions(folder: Path, seed: int) -> Measurement:
+    """A measurement whose folder holds the values of every position."""
+    arrays = positions(seed)
+    folder.mkdir(parents=True)
+    np.savez(folder / POSITIONS, **arrays)
+    reference, candidate = (
+        arrays[f"{side}_log_probability"] for side in ("reference", "candidate")
+    )
+    metrics = {
+        "kl_divergence.mean": float(arrays["kl_divergence"].mean(dtype=np.float64)),
+        "kl_divergence.standard_error": 3e-4,
+        "top1_agreement": float(arrays["top1_equal"].mean()),
+        "perplexity.reference": float(np.exp(-np.nanmean(reference))),
+        "perplexity.candidate": float(np.exp(-np.nanmean(candidate))),
+        "perplexity.ratio": float(np.exp(np.nanmean(reference - candidate))),
+        "perplexity.ratio_standard_error": 1e-3,
+    }
+    return replace(measured(), metrics=metrics)
 
 
 LAYERS = (

@@ -1,0 +1,135 @@
+"""Paired errors against scipy's t-test, the jackknife and simulated windows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from phiconv.metrics import PositionStatistics, summarise
+from phiconv.metrics.paired import PositionValues, noise_factor, paired_errors, standard_error
+
+SHAPE = (12, 64)
+
+
+def values(seed: int, noise: float = 0.05, windows: int = SHAPE[0]) -> PositionValues:
+    """A measurement; all share the tokens' difficulty and differ by noise of their own."""
+    shape = (windows, SHAPE[1])
+    common, own = np.random.default_rng(0), np.random.default_rng(seed)
+    difficulty = common.lognormal(-4, 1, shape) * common.lognormal(0, 0.5, (windows, 1))
+    reference = -common.exponential(2.5, shape)
+    candidate = reference - difficulty + noise * own.normal(size=shape)
+    reference[:, -1] = candidate[:, -1] = np.nan
+    return PositionValues(
+        kl_divergence=difficulty * own.lognormal(0, noise, shape),
+        top1_equal=own.random(shape) < 0.9,
+        reference_log_probability=reference,
+        candidate_log_probability=candidate,
+    )
+
+
+def metrics(found: PositionValues) -> dict[str, float]:
+    """The metrics by the functions that measure them."""
+    flat = PositionStatistics.empty(found.kl_divergence.size)
+    return summarise(
+        replace(
+            flat,
+            kl_divergence=found.kl_divergence.ravel(),
+            top1_equal=found.top1_equal.ravel(),
+            reference_log_probability=found.reference_log_probability.ravel(),
+            candidate_log_probability=found.candidate_log_probability.ravel(),
+        )
+    )
+
+
+def without_window(found: PositionValues, window: int) -> PositionValues:
+    return PositionValues(*(np.delete(array, window, axis=0) for array in vars(found).values()))
+
+
+@pytest.mark.parametrize(
+    ("metric", "field"), [("kl_divergence.mean", "kl_divergence"), ("top1_agreement", "top1_equal")]
+)
+def test_a_mean_has_the_error_of_a_paired_t_test_on_its_windows(metric: str, field: str) -> None:
+    old, new = values(1), values(2)
+    means = [getattr(side, field).mean(axis=1) for side in (new, old)]
+    difference = metrics(new)[metric] - metrics(old)[metric]
+    statistic = stats.ttest_rel(*means).statistic
+    assert difference / paired_errors(old, new)[metric] == pytest.approx(statistic, rel=1e-9)
+
+
+def test_with_few_windows_positions_are_the_pairs_of_the_t_test() -> None:
+    old, new = values(1, windows=3), values(2, windows=3)
+    difference = new.kl_divergence.mean() - old.kl_divergence.mean()
+    statistic = stats.ttest_rel(new.kl_divergence.ravel(), old.kl_divergence.ravel()).statistic
+    found = paired_errors(old, new)["kl_divergence.mean"]
+    assert difference / found == pytest.approx(statistic, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["kl_divergence.mean", "top1_agreement", "perplexity.candidate", "perplexity.ratio",
+     "rms_delta_p"],
+)  # fmt: skip
+def test_every_error_is_about_the_jackknifes(metric: str) -> None:
+    """Leaving out a window at a time needs no derivative; both agree to a term of 1 / windows."""
+    old, new = values(1, windows=40), values(2, windows=40)
+    left = [
+        metrics(without_window(new, window))[metric] - metrics(without_window(old, window))[metric]
+        for window in range(40)
+    ]
+    jackknife = np.sqrt(39 / 40 * np.sum((np.array(left) - np.mean(left)) ** 2))
+    assert paired_errors(old, new)[metric] == pytest.approx(jackknife, rel=0.02)
+
+
+def test_pairing_takes_away_what_both_share() -> None:
+    old, new = values(1), values(2)
+    unpaired = np.hypot(*(stats.sem(side.kl_divergence.mean(axis=1)) for side in (old, new)))
+    assert paired_errors(old, new)["kl_divergence.mean"] < unpaired / 10
+
+
+def test_equal_measurements_have_no_error() -> None:
+    same = values(1)
+    assert set(paired_errors(same, same).values()) == {0.0}
+    perfect = replace(same, candidate_log_probability=same.reference_log_probability)
+    assert paired_errors(perfect, perfect)["rms_delta_p"] == 0
+
+
+def test_windows_that_hang_together_are_covered_and_positions_would_not_be() -> None:
+    """Of 600 differences whose true value is zero, 95 % are within the noise."""
+    random = np.random.default_rng(3)
+    shares = random.normal(size=(600, 8, 1)) + random.normal(size=(600, 8, 100))
+    errors = np.array([standard_error(trial) for trial in shares])
+    within = np.abs(shares.mean(axis=(1, 2))) <= noise_factor(8) * errors
+    assert 0.92 < within.mean() < 0.98
+    by_position = shares.reshape(600, -1).std(axis=1, ddof=1) / np.sqrt(800)
+    assert (np.abs(shares.mean(axis=(1, 2))) <= 1.96 * by_position).mean() < 0.5
+
+
+@pytest.mark.parametrize("windows", [4, 5, 8, 16, 64, 1000])
+def test_the_noise_is_students_t(windows: int) -> None:
+    expected = stats.t.ppf(0.975, windows - 1)
+    assert noise_factor(windows) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_the_noise_of_few_windows_is_normal(windows: int) -> None:
+    assert noise_factor(windows) == pytest.approx(stats.norm.ppf(0.975))
+
+
+def test_what_is_not_finite_has_no_error() -> None:
+    old, new = values(1), values(2)
+    broken = new.kl_divergence.copy()
+    broken[3, 4] = np.inf
+    found = paired_errors(old, replace(new, kl_divergence=broken))
+    assert "kl_divergence.mean" not in found
+    assert "perplexity.ratio" in found
+    nothing = replace(new, candidate_log_probability=np.full(SHAPE, -np.inf))
+    assert "perplexity.ratio" not in paired_errors(old, nothing)
+    assert np.isnan(standard_error(np.array([[1.0]])))
+
+
+def test_other_windows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(12, 64\) against \(3, 64\)"):
+        paired_errors(values(1), values(2, windows=3))
