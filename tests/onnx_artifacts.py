@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from phiconv.onnx.builder import Precision, Provider
+from phiconv.onnx.target import Precision, Provider
 from tests.onnx.models import lay_out, write
 
 

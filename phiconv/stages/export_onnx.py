@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from phiconv.errors import PhiconvError, RecipeError
+from phiconv.errors import CheckpointError, PhiconvError, RecipeError
 from phiconv.stages.stage import JSON, ONNX_GRAPH, Requirement, StageContext
 
 if TYPE_CHECKING:
     from phiconv.checkpoint import ModelConfig
 
-# What ONNX Runtime's attention operators accept with a KV cache, by provider. The GenAI builder
-# lays out the other combinations with operators that have no cache or no kernel.
+# What ONNX Runtime's GroupQueryAttention has kernels for, by provider.
 SUPPORTED = {"cpu": ("fp32",), "cuda": ("fp16",), "dml": ("fp16",)}
+
+# The MLP's activation, under both of its names.
+SILU = ("silu", "swish")
 
 
 class ExportOnnxParams(BaseModel):
@@ -44,44 +46,30 @@ class ExportOnnx:
     """
 
     name: ClassVar[str] = "export-onnx"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     params: ClassVar[type[ExportOnnxParams]] = ExportOnnxParams
     accepts: ClassVar[tuple[str, ...]] = ()
     produces: ClassVar[str] = ONNX_GRAPH
 
     def tools(self) -> tuple[str, ...]:
-        return ("onnxruntime-genai", "transformers", "tokenizers", "onnx-ir")
+        return ("numpy", "onnx-ir", "tokenizers")
 
     def check(self, params: ExportOnnxParams, config: ModelConfig) -> list[PhiconvError]:
-        precision = params.resolved_precision()
-        if precision in SUPPORTED[params.provider]:
-            return []
-        wanted = " or ".join(SUPPORTED[params.provider])
-        return [
-            RecipeError(
-                f"precision {precision} has no attention with a KV cache on provider "
-                f"{params.provider}",
-                where="export-onnx: precision",
-                remedy=f"use precision {wanted}"
-                + (" and a cast stage after it" if params.provider == "cpu" else ""),
-            )
-        ]
+        return [*_precision_errors(params), *_activation_errors(config)]
 
     def key_params(self, params: ExportOnnxParams) -> dict[str, JSON]:
         return {"provider": params.provider, "precision": params.resolved_precision()}
 
     def requires(self, params: ExportOnnxParams) -> tuple[Requirement, ...]:
-        remedy = "pip install 'phiconv[cpu]' (or [cuda], [dml])"
-        return (Requirement("module", "onnxruntime_genai", remedy=remedy),)
+        return ()
 
     def preload(self) -> None:
-        """Imports torch, transformers and the builder."""
-        from phiconv.onnx.builder import import_builder
-
-        import_builder()
+        """Imports onnx_ir and what the graph is laid out with."""
+        import phiconv.onnx.export
+        import phiconv.onnx.quantize  # noqa: F401
 
     def run(self, params: ExportOnnxParams, ctx: StageContext) -> dict[str, JSON]:
-        from phiconv.onnx.builder import build_graph
+        from phiconv.onnx.export import build_graph
         from phiconv.onnx.graph import GENAI_FOLDER
         from phiconv.onnx.quantize import take_codes
 
@@ -97,3 +85,30 @@ class ExportOnnx:
         if copied:
             facts["copied_weights"] = copied
         return facts
+
+
+def _precision_errors(params: ExportOnnxParams) -> list[PhiconvError]:
+    precision = params.resolved_precision()
+    if precision in SUPPORTED[params.provider]:
+        return []
+    wanted = " or ".join(SUPPORTED[params.provider])
+    return [
+        RecipeError(
+            f"precision {precision} has no attention with a KV cache on provider {params.provider}",
+            where="export-onnx: precision",
+            remedy=f"use precision {wanted}"
+            + (" and a cast stage after it" if params.provider == "cpu" else ""),
+        )
+    ]
+
+
+def _activation_errors(config: ModelConfig) -> list[PhiconvError]:
+    if config.hidden_act in SILU:
+        return []
+    return [
+        CheckpointError(
+            f"the activation {config.hidden_act!r} is not exported to ONNX",
+            where="config.json: hidden_act",
+            remedy="phiconv exports silu, which every published Phi-3 and Phi-4 has",
+        )
+    ]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from phiconv.onnx.builder import Precision, Provider
 from phiconv.onnx.quantize import Target, WeightInfo, quantize_graph
+from phiconv.onnx.target import Precision, Provider
 from tests.onnx.models import lay_out, write
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-phi3"

@@ -13,9 +13,9 @@ from phiconv.checkpoint import Checkpoint
 from phiconv.diagnosis.decoder_graph import DecoderGraph, read_decoder
 from phiconv.diagnosis.weight_map import map_weights
 from phiconv.errors import StageError
-from phiconv.onnx.builder import Precision, Provider
+from phiconv.onnx.target import Precision, Provider
 from tests.diagnosis.planting import constant, node
-from tests.onnx.test_builder_contract import build_with_builder
+from tests.onnx.builder_oracle import build_with_builder
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.phi3_checkpoints import write_phi3_checkpoint
 

@@ -34,7 +34,7 @@ from tests.diagnosis.planting import (
     planted,
     set_float,
 )
-from tests.onnx.test_builder_contract import build_with_builder
+from tests.onnx.builder_oracle import build_with_builder
 from tests.phi3_checkpoints import write_phi3_checkpoint
 
 WINDOWS, WINDOW_LENGTH = 2, 128

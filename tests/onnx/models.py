@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from phiconv.checkpoint import Checkpoint, resolve
-from phiconv.onnx.builder import Precision, Provider, build_graph
+from phiconv.onnx.export import build_graph
 from phiconv.onnx.graph import OnnxGraph
+from phiconv.onnx.target import Precision, Provider
 from phiconv.onnx.writer import Written, write_model
 from phiconv.stages.stage import SilentProgress
 
@@ -81,3 +82,16 @@ def initializers(folder: Path) -> dict[str, np.ndarray]:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
+
+
+def assert_same_initializers(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Byte for byte; the rotary caches to what torch's powers and cosines are off by."""
+    assert ours.keys() == expected.keys()
+    for name, array in expected.items():
+        assert ours[name].dtype == array.dtype, name
+        if name in ("cos_cache", "sin_cache"):
+            angle = np.finfo(np.float32).eps * len(array)
+            bound = np.finfo(array.dtype).eps + angle
+            np.testing.assert_allclose(ours[name], array, rtol=0, atol=bound, err_msg=name)
+        else:
+            assert ours[name].tobytes() == array.tobytes(), name

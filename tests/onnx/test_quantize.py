@@ -10,8 +10,15 @@ from phiconv.errors import CheckpointError, ExportError, StageError
 from phiconv.onnx.cast import cast_graph
 from phiconv.onnx.graph import OnnxGraph
 from phiconv.onnx.quantize import Target, quantize_graph
-from tests.onnx.models import initializers, lay_out, onnx_logits, write
-from tests.onnx.test_builder_contract import IDS, build_with_builder, operators
+from tests.onnx.builder_oracle import build_with_builder
+from tests.onnx.models import (
+    assert_same_initializers,
+    initializers,
+    lay_out,
+    onnx_logits,
+    write,
+)
+from tests.onnx.test_builder_contract import IDS, operators
 from tests.phi3_checkpoints import write_phi3_checkpoint
 
 
@@ -55,11 +62,7 @@ def test_int4_bytes_equal_the_builders(
         f"block_size={block_size}",
         "accuracy_level=4",
     )
-    ours, expected = initializers(tmp_path / "ours"), initializers(theirs)
-    assert ours.keys() == expected.keys()
-    for name, array in expected.items():
-        assert ours[name].dtype == array.dtype, name
-        assert ours[name].tobytes() == array.tobytes(), name
+    assert_same_initializers(initializers(tmp_path / "ours"), initializers(theirs))
     assert sorted(operators(tmp_path / "ours")) == sorted(operators(theirs))
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from phiconv import machine
 from phiconv.inspect import tensor_kinds
-from phiconv.onnx.builder import Provider
 from phiconv.onnx.graph import OnnxGraph
 from phiconv.onnx.quantize import Target, WeightInfo, quantize_graph
+from phiconv.onnx.target import Provider
 from phiconv.onnx.tied import same_bytes, share_float_head
 from phiconv.stages.checks import check_kernels, check_wiring
 from tests.onnx.models import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phiconv.checkpoint import Checkpoint, resolve
-from phiconv.onnx.builder import Precision, Provider
+from phiconv.onnx.target import Precision, Provider
 from phiconv.parity.check import check_artifact
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.parity.conftest import Broken

@@ -22,8 +22,8 @@ from phiconv.onnx.writer import write_model
 from phiconv.stages.awq import AwqParams
 from phiconv.stages.export_awq import ExportAwq, ExportAwqParams
 from phiconv.stages.stage import OVERLAY, Artifact, InputRef, SilentProgress, StageContext
+from tests.onnx.builder_oracle import build_with_builder
 from tests.onnx.models import initializers, lay_out, onnx_logits, write
-from tests.onnx.test_builder_contract import build_with_builder
 from tests.overlays import random_overlay, write_codes
 from tests.phi3_checkpoints import write_phi3_checkpoint
 from tests.quantized_checkpoints import AWQ_ORDER
