@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 
+from phiconv import resources
 from phiconv.resources import without_collections
 
 
@@ -25,8 +27,9 @@ def test_collections_stop_and_go_on() -> None:
         gc.enable()
 
 
-def test_only_the_first_makes_objects_exempt() -> None:
+def test_only_the_first_makes_objects_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.unfreeze()
+    monkeypatch.setattr(resources, "_exempt", threading.Event())
     try:
         with without_collections():
             pass

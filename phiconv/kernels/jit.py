@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.runtime.nrt import rtsys
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,6 +44,17 @@ class _PackageCache(FunctionCache):
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         key = super()._index_key(sig, codegen)  # type: ignore[no-untyped-call]
         return (*key, _package_digest())
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Loads machine code, without importing what only a compilation needs.
+
+        numba refreshes the target first, as it does again before it compiles: that imports its
+        implementations of Python and numpy, and scipy for its BLAS where there is one, up to a
+        quarter of a second. Machine code needs no more than the functions that allocate arrays.
+        """
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
 
 
 def routine(function: Function) -> Function:

@@ -207,7 +207,11 @@ class ConvertGguf:
         import gguf  # noqa: F401
         import tokenizers  # noqa: F401
 
+        import phiconv.gguf.metadata
         import phiconv.gguf.writer  # noqa: F401
+        from phiconv.kernels import ggml
+
+        ggml.load("F32")  # norms are in every file
 
     def estimate(
         self, params: ConvertGgufParams, config: ModelConfig, inputs: Sequence[InputRef]

@@ -101,6 +101,20 @@ def test_kernels_run_where_nothing_can_be_cached(unwritable: Path, tmp_path: Pat
     assert run(CAST, unwritable, **at_home(home))[1] == "0"
 
 
+def test_what_only_compiling_needs_is_not_imported_for_loading(tmp_path: Path) -> None:
+    imported = "print('numba.typed.typeddict' in sys.modules)"
+    compiled_after_loading = """
+out = np.empty((2, 1), np.float16)
+floats.cast_transposed(np.float32([[1, 2]]), 0, 2, out)
+assert out.tolist() == [[1], [2]]
+"""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run(CAST + imported, PACKAGE.parent, **cache)[1:] == ["0", "True"]
+    assert run(CAST + imported, PACKAGE.parent, **cache)[1:] == ["1", "False"]
+    both = CAST + imported + compiled_after_loading + imported
+    assert run(both, PACKAGE.parent, **cache)[1:] == ["1", "False", "True"]
+
+
 def digest() -> str:
     """sha256 of searched scales, zero points and codes."""
     weight = np.random.default_rng(0).standard_normal((16, 200)).astype(np.float32)
