@@ -15,8 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.onnx.models import hugging_face_logits, initializers, onnx_logits
-from tests.onnx.test_builder_contract import build_with_builder
+from tests.onnx.builder_oracle import build_with_builder
+from tests.onnx.models import (
+    assert_same_initializers,
+    hugging_face_logits,
+    initializers,
+    onnx_logits,
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny-phi3"
@@ -124,10 +129,7 @@ def test_int4_bytes_equal_the_builders(tmp_path: Path, home: Path) -> None:
     theirs = build_with_builder(
         TINY, tmp_path / "theirs", "int4", "cpu", "block_size=32", "accuracy_level=4"
     )
-    ours, expected = initializers(tmp_path / "out" / "artifact"), initializers(theirs)
-    assert ours.keys() == expected.keys()
-    for name, array in expected.items():
-        assert ours[name].tobytes() == array.tobytes(), name
+    assert_same_initializers(initializers(tmp_path / "out" / "artifact"), initializers(theirs))
 
 
 def fewer_windows(recipe: str) -> tuple[str, ...]:
