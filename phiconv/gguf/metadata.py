@@ -106,7 +106,9 @@ def gguf_metadata(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURE)
+    from phiconv.gguf.key_values import KeyValueWriter
+
+    writer = KeyValueWriter(path=None, arch=ARCHITECTURE)
     writer.add_type(gguf.GGUFType.MODEL)
     name = model_name(naming, checkpoint, vocabulary)
     general = _general(name, naming, checkpoint, parameters)
@@ -186,7 +188,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_token_list(vocabulary.tokens)
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types([int(kind) for kind in vocabulary.types])
+    writer.add_token_types(list(map(int, vocabulary.types)))
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.add_space_prefix is not None:

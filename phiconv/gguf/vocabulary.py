@@ -121,17 +121,16 @@ def _types(
     file: TokenizerFile,
     added_type: Callable[[AddedToken], TokenType],
 ) -> tuple[TokenType, ...]:
-    added = {token.id: token for token in file.added}
-
-    def type_of(token: int, text: str) -> TokenType:
-        if token in padding:
-            return TokenType.UNUSED
-        if token in added:
-            return added_type(added[token])
-        is_byte_token = file.byte_fallback and is_byte(text)
-        return TokenType.BYTE if is_byte_token else TokenType.NORMAL
-
-    return tuple(type_of(token, text) for token, text in enumerate(tokens))
+    types = [TokenType.NORMAL] * len(tokens)
+    if file.byte_fallback:
+        for token, text in enumerate(tokens):
+            if is_byte(text):
+                types[token] = TokenType.BYTE
+    for entry in file.added:
+        types[entry.id] = added_type(entry)
+    for token in padding:
+        types[token] = TokenType.UNUSED
+    return tuple(types)
 
 
 def _byte_level_type(token: AddedToken) -> TokenType:

@@ -203,11 +203,11 @@ class ConvertGguf:
         return (Requirement("module", "gguf", remedy="pip install gguf"),)
 
     def preload(self) -> None:
-        """Imports gguf, the tokenizers and the kernels."""
-        import gguf  # noqa: F401
+        """Imports gguf, jinja2, the tokenizers and the kernels."""
+        import jinja2.sandbox  # noqa: F401
         import tokenizers  # noqa: F401
 
-        import phiconv.gguf.metadata
+        import phiconv.gguf.key_values
         import phiconv.gguf.writer  # noqa: F401
         from phiconv.kernels import ggml
 
