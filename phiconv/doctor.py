@@ -82,8 +82,10 @@ def _providers() -> list[Finding]:
     usable = machine.providers()
     found = []
     for name in dict.fromkeys((*_PROVIDERS, *offered)):
-        if name in usable:
-            found.append(Finding("providers", name, "usable", ok=True))
+        if name in usable and name in offered:
+            found.append(_started(name))
+        elif name in offered and name not in _PROVIDERS:
+            found.append(Finding("providers", name, "in ONNX Runtime, not used by phiconv"))
         elif name in offered:
             found.append(Finding("providers", name, "in ONNX Runtime, no device found"))
         else:
@@ -98,6 +100,19 @@ def _providers() -> list[Finding]:
     ]
     value = "works" + (f", built for {', '.join(devices)}" if devices else ", CPU")
     return [*found, Finding("providers", "onnxruntime_genai", value, ok=True)]
+
+
+def _started(name: str) -> Finding:
+    """Whether a provider with a device to run on does run; and on which, if that is a GPU."""
+    from phiconv.runtimes.device import describe_device
+    from phiconv.runtimes.session import start_problem
+
+    problem = start_problem(name)
+    if problem is not None:
+        return Finding("providers", name, problem, ok=False)
+    device, driver = describe_device(name)
+    on = "" if name == machine.CPU else f", {device}" + (f", driver {driver}" if driver else "")
+    return Finding("providers", name, f"usable{on}", ok=True)
 
 
 def _llama_cpp() -> list[Finding]:

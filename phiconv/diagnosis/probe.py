@@ -6,14 +6,13 @@ artifact's folder, so nothing is copied and nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phiconv.errors import EnvironmentLacksError, StageError
-from phiconv.runtimes.onnxruntime import import_onnxruntime, runtime_errors
-from phiconv.runtimes.providers import CPU
+from phiconv.errors import StageError
+from phiconv.runtimes.session import open_session, runtime_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +67,7 @@ class Probe:
         options = {_DATA_FOLDER: str(file.parent)}
         if exact_activations:
             options[_QDQ_LEVEL] = _FP32_LEVEL
-        self._session = _open(graph, str(file), provider, threads, options)
+        self._session = open_session(graph, str(file), provider, threads, options)
 
     def run(self, window: NDArray[np.int64], names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """The named values for one window [T], the batch axis left out where there is one.
@@ -146,25 +145,6 @@ def _without_accuracy_level(model: ir.Model, wanted: bool) -> Iterator[None]:
     finally:
         for node, attribute in removed.items():
             node.attributes["accuracy_level"] = attribute
-
-
-def _open(graph: bytes, where: str, provider: str, threads: int, entries: Mapping[str, str]) -> Any:
-    ort = import_onnxruntime()
-    if provider not in ort.get_available_providers():
-        raise EnvironmentLacksError(f"the installed onnxruntime has no {provider}", where=where)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    if provider == "DmlExecutionProvider":
-        options.enable_mem_pattern = False  # DirectML's own requirement
-    providers = [provider] if provider == CPU else [provider, CPU]
-    try:
-        return ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
-    except runtime_errors() as error:
-        raise StageError(f"ONNX Runtime cannot load the model: {error}", where=where) from error
 
 
 def rounds_activations(node: ir.Node) -> bool:

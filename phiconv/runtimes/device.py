@@ -18,7 +18,11 @@ def describe_device(provider: str) -> tuple[str, str | None]:
 
 
 def cuda_device() -> tuple[str, str] | None:
-    """Name of the first CUDA device and the driver's CUDA version; None without a device."""
+    """Name of the first CUDA device, and the driver's version with the CUDA it is for.
+
+    None without a device. The driver's own version is NVML's, which may be missing: then there is
+    only the CUDA version.
+    """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -32,4 +36,19 @@ def cuda_device() -> tuple[str, str] | None:
         return None
     # the driver encodes 12.8 as 12080
     major, minor = version.value // 1000, version.value % 1000 // 10
-    return name.value.decode(errors="replace"), f"CUDA {major}.{minor}"
+    cuda, own = f"CUDA {major}.{minor}", _driver_version()
+    return name.value.decode(errors="replace"), f"{own} ({cuda})" if own else cuda
+
+
+def _driver_version() -> str | None:
+    """The NVIDIA driver's version, such as 580.159.03."""
+    try:
+        library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+        text = ctypes.create_string_buffer(96)
+        if library.nvmlInit_v2() != 0:
+            return None
+        status = library.nvmlSystemGetDriverVersion(text, len(text))
+        library.nvmlShutdown()
+    except (OSError, AttributeError):
+        return None
+    return text.value.decode(errors="replace") if status == 0 else None

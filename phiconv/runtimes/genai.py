@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.report.results import Provenance
 from phiconv.runtimes.device import describe_device
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
     from phiconv.runtimes import ArtifactFolder
 
-_GENAI_PROVIDERS = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
+# GenAI's name of a provider, and of the function that says whether it was built for it.
+_GENAI_PROVIDERS = {
+    machine.CUDA: ("cuda", "is_cuda_available"),
+    machine.DML: ("dml", "is_dml_available"),
+}
 
 
 class GenAIModel:
@@ -55,6 +60,7 @@ class GenAIModel:
                 remedy="validate it with runtime: onnxruntime",
             )
         self._og = _import_genai()
+        _check_built_for(self._og, self._provider, self._where)
         self._placement, self._strays = self._placed(folder)
         self._model = self._load()
         if (str(self._model.device_type) == "CPU") != (self._provider == CPU):
@@ -129,7 +135,7 @@ class GenAIModel:
         return found.placement, found.strays
 
     def _load(self) -> Any:
-        name = _GENAI_PROVIDERS.get(self._provider)
+        name, _ = _GENAI_PROVIDERS.get(self._provider, (None, None))
         session_options = {"intra_op_num_threads": self._threads, "log_severity_level": 3}
         overlay = {"model": {"decoder": {"session_options": session_options}}}
         try:
@@ -160,6 +166,23 @@ class GenAIModel:
 
     def _failure(self, error: Exception) -> StageError:
         return StageError(f"ONNX Runtime GenAI failed: {error}", where=self._where)
+
+
+def _check_built_for(genai: Any, provider: str, where: str) -> None:
+    """The builds of GenAI are separate distributions, so it may lack what ONNX Runtime has.
+
+    Raises:
+        EnvironmentLacksError: This one does.
+    """
+    name, question = _GENAI_PROVIDERS.get(provider, (None, ""))
+    if name is None or getattr(genai, question)():
+        return
+    flavour = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}[name]
+    raise EnvironmentLacksError(
+        f"the installed onnxruntime-genai {genai.__version__} was not built for {provider}",
+        where=where,
+        remedy=f"install {flavour} instead of it, or validate with runtime: onnxruntime",
+    )
 
 
 def _import_genai() -> Any:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phiconv.errors import EnvironmentLacksError, StageError
+from phiconv.errors import StageError
 from phiconv.report.results import Provenance
 from phiconv.runtimes.device import describe_device
 from phiconv.runtimes.placement import RECORD, count_nodes, placed_nodes, stray_nodes
-from phiconv.runtimes.providers import CPU, ProviderChoice
+from phiconv.runtimes.providers import ProviderChoice
+from phiconv.runtimes.session import import_onnxruntime, open_session, runtime_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,9 +51,10 @@ class Session:
         self._choice = choice
         self._threads = threads
         self._file = model_file(folder.path)
-        ort = import_onnxruntime()
-        self._version = str(ort.__version__)
-        self._session = _create(ort, self._file, choice.provider, threads)
+        self._version = str(import_onnxruntime().__version__)
+        self._session = open_session(
+            str(self._file), str(self._file), choice.provider, threads, {RECORD: "1"}
+        )
         self._nodes = placed_nodes(self._session)
         outputs = {output.name: output for output in self._session.get_outputs()}
         if LOGITS not in outputs:
@@ -172,55 +174,6 @@ def all_positions(logits: NDArray[Any], length: int, where: str) -> NDArray[np.f
         )
     window: NDArray[np.float32] = logits[0].astype(np.float32, copy=False)
     return window
-
-
-def import_onnxruntime() -> Any:
-    """The module, or an error that says how to install it."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EnvironmentLacksError(
-            f"onnxruntime cannot be imported: {error}", remedy="pip install 'phiconv[cpu]'"
-        ) from error
-    return onnxruntime
-
-
-def runtime_errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises: classes of its own, derived from Exception, and builtin ones."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    own = (value for value in vars(state).values() if isinstance(value, type))
-    return (*(value for value in own if issubclass(value, Exception)), RuntimeError, ValueError)
-
-
-def _create(ort: Any, file: Path, provider: str, threads: int) -> Any:
-    if provider not in ort.get_available_providers():
-        raise EnvironmentLacksError(
-            f"the installed onnxruntime {ort.__version__} has no {provider}, "
-            f"only {', '.join(ort.get_available_providers())}",
-            remedy="install exactly one of onnxruntime, onnxruntime-gpu, onnxruntime-directml",
-        )
-    if provider == "CUDAExecutionProvider":
-        ort.preload_dlls()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry(RECORD, "1")
-    if provider == "DmlExecutionProvider":
-        options.enable_mem_pattern = False  # DirectML's own requirement
-    providers = [provider] if provider == CPU else [provider, CPU]
-    try:
-        session = ort.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
-    except runtime_errors() as error:
-        raise StageError(f"ONNX Runtime cannot load the model: {error}", where=str(file)) from error
-    if session.get_providers()[0] != provider:
-        raise EnvironmentLacksError(
-            f"{provider} is installed but did not start",
-            where=str(file),
-            remedy="check the driver and the provider's libraries (phiconv doctor)",
-        )
-    return session
 
 
 def _genai_decoder(path: Path) -> dict[str, Any]:

@@ -135,15 +135,17 @@ def _layers(layers: Sequence[int]) -> str:
 def check_placement(provenance: Provenance) -> Checked:
     """Whether MatMul and attention nodes were on the provider in use."""
     strays, placement = provenance.strays, provenance.placement
-    where = ", ".join(
+    used_first = sorted(placement.items(), key=lambda item: item[0] != provenance.provider)
+    counts = [
         f"{_counted(sum(operators.values()), 'node')} on {provider}"
-        for provider, operators in placement.items()
-    )
+        for provider, operators in used_first
+    ]
+    where = ", ".join(counts)
     if strays:
         count = _counted(len(strays), "MatMul or attention node")
         summary = f"{count} fell back from {provenance.provider}; {where}"
     elif len(placement) > 1:
-        summary = f"{where}, none of these MatMul or attention"
+        summary = f"{counts[0]}; {', '.join(counts[1:])}, none of them MatMul or attention"
     else:
         summary = where or f"every node on {provenance.provider}, the only provider"
     metric = "placement.fallback"

@@ -95,6 +95,22 @@ def test_a_missing_provider_is_an_error(cpu_artifact: Path) -> None:
         GenAIModel(ArtifactFolder(cpu_artifact), ProviderChoice(machine.CUDA, machine.CUDA), 1)
 
 
+@pytest.mark.parametrize(
+    ("provider", "flavour"),
+    [(machine.CUDA, "onnxruntime-genai-cuda"), (machine.DML, "onnxruntime-genai-directml")],
+)
+def test_a_build_without_the_provider_is_the_environments_fault(
+    cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch, provider: str, flavour: str
+) -> None:
+    """As where onnxruntime-gpu is installed beside the GenAI for the CPU."""
+    for question in ("is_cuda_available", "is_dml_available"):
+        monkeypatch.setattr(f"onnxruntime_genai.{question}", lambda: False)
+    with pytest.raises(EnvironmentLacksError, match=f"was not built for {provider}") as caught:
+        GenAIModel(ArtifactFolder(cpu_artifact), ProviderChoice(provider, provider), 1)
+    assert f"install {flavour} instead" in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
 def test_what_cannot_be_loaded_is_a_stage_error(cpu_artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"no genai_config\.json"):
         open_model(tmp_path)

@@ -126,6 +126,9 @@ def installed_kernels() -> Iterator[tuple[str, str, tuple[int, int | None], dict
     """Domain, operator, opsets and types of the CPU kernels of the installed ONNX Runtime."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+    if "TensorrtExecutionProvider" in state.get_available_providers():
+        # asked for kernels, onnxruntime-gpu loads TensorRT's library, and dies where it is missing
+        pytest.skip("the list of kernels can only be had from onnxruntime for the CPU")
     kernels: dict[Any, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for kernel in state.get_all_opkernel_def():
         since, until = kernel.version_range
