@@ -92,7 +92,7 @@ def open_checkpoint(
         workspace: Keeps the digests.
         display: Where progress is shown.
         download: Whether a model of the Hub may be downloaded.
-        preload: Import what the stages need while an unknown checkpoint is hashed.
+        preload: Import what a build needs while an unknown checkpoint is hashed.
 
     Raises:
         CheckpointError: The checkpoint is broken, incomplete or unsupported.
@@ -118,9 +118,12 @@ def open_checkpoint(
 
 
 def _preload(recipe: Recipe) -> None:
-    """Imports what the stages need."""
+    """Imports what the stages need, and makes what the report needs."""
     for use in recipe.stages:
         _preload_stage(use.stage)
+    from phiconv.report.html import load_templates
+
+    load_templates()
 
 
 def _preload_stage(stage: Stage) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
@@ -19,6 +21,11 @@ from phiconv.report.plots import (
     layer_errors_svg,
 )
 from phiconv.report.results import RunResult, Validation
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_REPORT = "report.html.j2"
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class IndexRow:
 def report_html(result: RunResult) -> str:
     """report.html of a build."""
     return _render(
-        "report.html.j2",
+        _REPORT,
         result=result,
         words=text.STATUS_WORDS,
         check_words=text.CHECK_WORDS,
@@ -93,7 +100,18 @@ def _row(link: str, result: RunResult) -> IndexRow:
     )
 
 
+def load_templates() -> None:
+    """Compiles the template of report.html, most of the time that writing the first takes."""
+    _environment().get_template(_REPORT)
+
+
 def _render(template: str, **values: object) -> str:
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    """Where templates come from; it keeps those it has compiled."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -107,7 +125,7 @@ def _render(template: str, **values: object) -> str:
     environment.globals.update(
         number=text.number, limit=text.limit, size=text.size, duration=text.duration
     )
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _plots(validation: Validation) -> list[Plot]:
