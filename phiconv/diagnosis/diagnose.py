@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from phiconv.diagnosis.results import Finding, LayerError, TensorError
     from phiconv.diagnosis.weight_map import WeightPart
     from phiconv.report.results import Provenance
-    from phiconv.runtimes.reference import Device
     from phiconv.stages.stage import Progress
     from phiconv.tokens import TokenSet
 
@@ -130,7 +129,6 @@ def measure_layers(
     *,
     provider: str,
     threads: int,
-    device: Device = "cpu",
 ) -> list[LayerError]:
     """The error of an artifact's residual stream after every layer, and what each layer adds.
 
@@ -144,7 +142,6 @@ def measure_layers(
         windows: Token ids [n, T]; one short window will do.
         provider: Where it runs, by ONNX Runtime's name.
         threads: CPU threads.
-        device: Where the reference is computed.
 
     Returns:
         The embedding, then the layers that graph and checkpoint both have, in order.
@@ -156,31 +153,7 @@ def measure_layers(
     """
     file = model_file(artifact)
     graph = read_decoder(_load(file), str(file))
-    states, _ = _reference_states(checkpoint, windows, threads=threads, device=device)
-    return layer_errors(
-        graph, checkpoint, file, windows, states, provider=provider, threads=threads
-    )
-
-
-def _reference_states(
-    checkpoint: Checkpoint,
-    windows: NDArray[np.int64],
-    *,
-    threads: int,
-    device: Device = "cpu",
-    advance: Callable[[int, str], None] | None = None,
-) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
-    """The reference's residual stream by layer, the embedding first; its final hidden states."""
-    states: list[NDArray[np.float32]] = []
-    hidden = final_hidden_states(
-        checkpoint,
-        windows,
-        device=device,
-        threads=threads,
-        advance=advance,
-        observe=lambda _, stream: states.append(stream.copy()),
-    )
-    return states, hidden
+    return layer_errors(graph, checkpoint, file, windows, provider=provider, threads=threads)
 
 
 def _lint(graph: DecoderGraph, config: ModelConfig) -> list[Finding]:
@@ -209,9 +182,15 @@ class _Run:
     def reference(self) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
         """The reference's residual stream by layer, and its final hidden states."""
         self.progress.start(self.windows.size * self.checkpoint.config.num_hidden_layers, "tokens")
-        return _reference_states(
-            self.checkpoint, self.windows, threads=self.threads, advance=self.progress.advance
+        states: list[NDArray[np.float32]] = []
+        hidden = final_hidden_states(
+            self.checkpoint,
+            self.windows,
+            threads=self.threads,
+            advance=self.progress.advance,
+            observe=lambda _, stream: states.append(stream.copy()),
         )
+        return states, hidden
 
     def stream(self, states: Sequence[NDArray[np.float32]]) -> StreamErrors:
         """Every layer and step of the artifact."""

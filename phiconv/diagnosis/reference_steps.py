@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phiconv.runtimes.linear import linear
 from phiconv.runtimes.reference import (
+    LayerLoader,
     attention_mask,
     computing,
-    decoder_layer,
+    embed,
     hugging_face_config,
     modeling_module,
     rotary_embedding,
@@ -42,6 +44,7 @@ class ReferenceSteps:
         with computing("cpu", threads):
             self._config = hugging_face_config(checkpoint)
             self._rotary = rotary_embedding(self._config, length, "cpu")
+            self._layers = LayerLoader(checkpoint, self._config, "cpu")
             with torch.device("meta"):
                 self._attention = modeling_module().Phi3Attention(self._config, 0).eval()
                 self._mlp = modeling_module().Phi3MLP(self._config).eval()
@@ -58,7 +61,7 @@ class ReferenceSteps:
     def linear(self, values: NDArray[Any], weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """`values @ weight.T` for a weight `[N, K]`."""
         with computing("cpu", self._threads):
-            return _array(_tensor(values) @ _tensor(weight).T)
+            return _array(linear(_tensor(values), _tensor(weight)))
 
     def attention(self, qkv: NDArray[Any]) -> NDArray[np.float32]:
         """Rotary embedding and attention of packed q, k, v; `[T, heads * head_dim]`."""
@@ -78,10 +81,17 @@ class ReferenceSteps:
         with computing("cpu", self._threads):
             return _array(self._mlp(_tensor(gate_up)))
 
+    def embeddings(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The embeddings `[n, T, hidden]` of token ids `[n, T]`."""
+        return _array(embed(self._checkpoint, windows))
+
     def layer(self, index: int) -> ReferenceLayer:
-        """A decoder layer with the checkpoint's weights."""
+        """A decoder layer with the checkpoint's weights, to be used before the next is asked for.
+
+        The next one is loaded into its memory.
+        """
         with computing("cpu", self._threads):
-            return ReferenceLayer(self, decoder_layer(self._checkpoint, self._config, index, "cpu"))
+            return ReferenceLayer(self, self._layers.load(index))
 
     def _attend(self, module: torch.nn.Module, values: torch.Tensor) -> Any:
         batch = values[None]
@@ -105,6 +115,11 @@ class ReferenceLayer:
         with computing("cpu", self._steps._threads):
             normed = self._module.input_layernorm(_tensor(residual))
             return _array(self._steps._attend(self._module.self_attn, normed)[0])
+
+    def whole(self, residual: NDArray[Any]) -> NDArray[np.float32]:
+        """The residual stream after the layer."""
+        middle = residual + self.attention_block(residual)
+        return middle + self.mlp_block(middle)
 
     def mlp_block(self, residual: NDArray[Any]) -> NDArray[np.float32]:
         """What the MLP adds to a residual stream."""

@@ -86,7 +86,10 @@ def stream_errors(
             first, last = end_operators(graph, whole, windows[worst], steps)
         for layer in group:
             inner += layer_operators(graph, layer, whole, steps, config)
-            layers += _layer_errors(graph, layer, streams, states, steps)
+            if layer.index + 1 < len(states):  # the checkpoint has such a layer
+                around = (states[layer.index], states[layer.index + 1])
+                reference = steps.layer(layer.index)
+                layers += _layer_errors(graph, layer, streams, around, reference)
             advance(windows.size, f"layer {layer.index}")
     return StreamErrors(layers, [*first, *inner, *last])
 
@@ -96,14 +99,14 @@ def layer_errors(
     checkpoint: Checkpoint,
     file: Path,
     windows: NDArray[np.int64],
-    states: Sequence[NDArray[np.float32]],
     *,
     provider: str,
     threads: int,
 ) -> list[LayerError]:
-    """The layers of `stream_errors` without their steps.
+    """The layers of `stream_errors` without their steps, the reference's stream computed beside.
 
-    The residual stream of every layer is in memory at once: give it a short window.
+    Each layer of the checkpoint is read once. The artifact's residual stream is in memory as a
+    whole: give it a short window.
 
     Raises:
         StageError: The graph's residual stream is not as wide as the checkpoint's, or the runtime
@@ -113,6 +116,7 @@ def layer_errors(
     config = checkpoint.config
     probe = Probe(graph.model, points, file, provider=provider, threads=threads, config=config)
     streams = _streams(probe, windows, graph.layers, graph)
+    del probe
     widths = {stream.shape[-1] for stream in streams.values()} - {config.hidden_size}
     if widths:
         raise StageError(
@@ -120,8 +124,14 @@ def layer_errors(
             where=str(file),
         )
     steps = ReferenceSteps(checkpoint, windows.shape[1], threads)
-    errors = (_layer_errors(graph, layer, streams, states, steps) for layer in graph.layers)
-    return [error for found in errors for error in found]
+    state = steps.embeddings(windows)
+    errors: list[LayerError] = []
+    for layer in graph.layers[: config.num_hidden_layers]:
+        reference = steps.layer(layer.index)
+        following = _stacked(reference.whole, state)
+        errors += _layer_errors(graph, layer, streams, (state, following), reference)
+        state = following
+    return errors
 
 
 def _streams(
@@ -165,19 +175,21 @@ def _layer_errors(
     graph: DecoderGraph,
     layer: DecoderLayer,
     streams: Mapping[str, NDArray[Any]],
-    states: Sequence[NDArray[np.float32]],
-    steps: ReferenceSteps,
+    around: tuple[NDArray[np.float32], NDArray[np.float32]],
+    reference: ReferenceLayer,
 ) -> list[LayerError]:
-    """That of one layer, none where the checkpoint has no such layer; the embedding's before 0."""
-    if layer.index + 1 >= len(states):
-        return []
+    """That of one layer, and the embedding's before the first.
+
+    `around` is the reference's residual stream before the layer and after it.
+    """
+    start, end = around
     before, middle, after = (_at(streams, point) for point in _points(graph, layer))
-    embedding = [LayerError(-1, _relative(before, states[0]))] if layer.index == 0 else []
-    added, attention, mlp = _local_errors(before, middle, after, steps.layer(layer.index))
+    embedding = [LayerError(-1, _relative(before, start))] if layer.index == 0 else []
+    added, attention, mlp = _local_errors(before, middle, after, reference)
     found = LayerError(
         layer=layer.index,
-        relative_error=_relative(after, states[layer.index + 1]),
-        inherited=_relative(before, states[layer.index]),
+        relative_error=_relative(after, end),
+        inherited=_relative(before, start),
         added=added,
         attention=attention,
         mlp=mlp,
@@ -196,20 +208,28 @@ def _local_errors(
 
     if before is None or not _finite(before):
         return None, None, None
-    attention = np.stack([reference.attention_block(window) for window in before])
+    attention = _stacked(reference.attention_block, before)
     added = attention_error = mlp_error = None
     if after is not None and _finite(after):
         expected = before + attention
-        expected += np.stack([reference.mlp_block(window) for window in expected])
+        expected += _stacked(reference.mlp_block, expected)
         added = relative_error(after, expected)
     if middle is not None and _finite(middle):
         contributed = np.subtract(middle, before, dtype=np.float32)
         attention_error = relative_error(contributed, attention)
         if after is not None and _finite(after):
             contributed = np.subtract(after, middle, dtype=np.float32)
-            mlp = np.stack([reference.mlp_block(window) for window in middle])
-            mlp_error = relative_error(contributed, mlp)
+            mlp_error = relative_error(contributed, _stacked(reference.mlp_block, middle))
     return added, attention_error, mlp_error
+
+
+def _stacked(
+    step: Callable[[NDArray[Any]], NDArray[np.float32]], windows: NDArray[Any]
+) -> NDArray[np.float32]:
+    """A step of the reference applied to each of `[n, T, hidden]`."""
+    import numpy as np
+
+    return np.stack([step(window) for window in windows])
 
 
 def _points(graph: DecoderGraph, layer: DecoderLayer) -> tuple[ir.Value | None, ...]:

@@ -73,9 +73,9 @@ def final_hidden_states(
         if observe is not None:
             observe(0, stream.cpu().numpy())
         rotary = rotary_embedding(config, windows.shape[1], device)
+        layers = LayerLoader(checkpoint, config, device)
         for index in range(config.num_hidden_layers):
-            layer = compute_linear_layers(decoder_layer(checkpoint, config, index, device))
-            run_layer(layer, config, stream, rotary, device)
+            run_layer(layers.load(index), config, stream, rotary, device)
             _check_finite(stream, f"layer {index}", checkpoint)
             if observe is not None:
                 observe(index + 1, stream.cpu().numpy())
@@ -122,6 +122,38 @@ class LanguageModelHead:
                 out[:, start : start + _HEAD_ROWS] = linear(inputs, block)
             result: NDArray[np.float32] = out.cpu().numpy()
         return result
+
+
+class LayerLoader:
+    """Decoder layers in fp32, each loaded into the memory of the one before.
+
+    Fresh memory for each would cost more than reading and converting the weights: the system clears
+    it page by page.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        config: Transformers' reading of its config.
+        device: Where the layers are to be.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Any, device: Device):
+        self._checkpoint = checkpoint
+        self._config = config
+        self._device = device
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def load(self, index: int) -> torch.nn.Module:
+        """Layer `index` with the checkpoint's weights; its predecessor's are gone."""
+        import torch
+
+        layer = _empty_layer(self._config, index)
+        for name, empty in layer.state_dict().items():
+            values = stored_tensor(self._checkpoint, f"model.layers.{index}.{name}")
+            if name not in self._weights:
+                self._weights[name] = torch.empty(empty.shape, device=self._device)
+            self._weights[name].copy_(values)
+        layer.load_state_dict(self._weights, strict=True, assign=True)
+        return compute_linear_layers(layer)
 
 
 def run_layer(
@@ -190,14 +222,20 @@ def attention_mask(config: Any, embeddings: torch.Tensor, position_ids: torch.Te
 def decoder_layer(
     checkpoint: Checkpoint, config: Any, index: int, device: Device
 ) -> torch.nn.Module:
-    """Decoder layer `index` in fp32 with the checkpoint's weights."""
+    """Decoder layer `index` in fp32 with the checkpoint's weights, as transformers computes it."""
+    layer = _empty_layer(config, index)
+    prefix = f"model.layers.{index}."
+    weights = {name: _tensor(checkpoint, prefix + name, device) for name in layer.state_dict()}
+    layer.load_state_dict(weights, strict=True, assign=True)
+    return layer
+
+
+def _empty_layer(config: Any, index: int) -> torch.nn.Module:
+    """Transformers' decoder layer `index`, whose weights have no memory yet."""
     import torch
 
     with torch.device("meta"):
         layer: torch.nn.Module = modeling_module().Phi3DecoderLayer(config, index)
-    prefix = f"model.layers.{index}."
-    weights = {name: _tensor(checkpoint, prefix + name, device) for name in layer.state_dict()}
-    layer.load_state_dict(weights, strict=True, assign=True)
     return layer.eval()
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from phiconv.checkpoint import Checkpoint
     from phiconv.diagnosis import LayerError
-    from phiconv.runtimes.reference import Device
 
 # Enough to tell the layers apart, and little beside the logits of 8 x 512 tokens.
 LAYER_TOKENS = 128
@@ -28,7 +27,6 @@ def measure(
     *,
     provider: str,
     threads: int,
-    device: Device,
 ) -> tuple[tuple[LayerErrorRecord, ...], str]:
     """The embedding's and every layer's error, or none and why.
 
@@ -40,15 +38,12 @@ def measure(
         windows: The reference's token ids [n, T]; the first `LAYER_TOKENS` of the first are used.
         provider: Where it runs, by ONNX Runtime's name.
         threads: CPU threads.
-        device: Where the reference is computed.
     """
     from phiconv.diagnosis.diagnose import measure_layers
 
     window = windows[:1, :LAYER_TOKENS]
     try:
-        found = measure_layers(
-            folder, checkpoint, window, provider=provider, threads=threads, device=device
-        )
+        found = measure_layers(folder, checkpoint, window, provider=provider, threads=threads)
     except StageError as error:
         return (), f"Not measured by layer: {error.message}"
     return tuple(map(_record, found)), ""

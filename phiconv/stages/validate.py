@@ -112,7 +112,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
@@ -309,7 +309,6 @@ def _with_layers(
         reference.windows,
         provider=provider,
         threads=ctx.threads,
-        device=params.reference_device,
     )
     return replace(measurement, layers=layers, layers_note=note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from phiconv import machine
 from phiconv.checkpoint import Checkpoint
 from phiconv.diagnosis import Diagnosis, Rung
-from phiconv.diagnosis.diagnose import diagnose
+from phiconv.diagnosis.diagnose import diagnose, measure_layers
 from phiconv.errors import EnvironmentLacksError
 from phiconv.onnx.quantize import Target, WeightInfo, quantize_graph
 from phiconv.runtimes.providers import CPU, ProviderChoice
@@ -209,6 +210,21 @@ def scale_columns(model: ir.Model) -> None:
 def scale_columns_and_norm(model: ir.Model) -> None:
     scale_columns(model)
     change(model, "model.layers.1.input_layernorm.weight", lambda weight: weight / SCALES)
+
+
+def test_the_layers_alone_are_those_of_the_diagnosis(checkpoint: Path, tmp_path: Path) -> None:
+    artifact = quantized(checkpoint, tmp_path / "quantized", "down_proj")
+    windows = tokens_of(checkpoint).windows
+    found = measure_layers(artifact, Checkpoint(checkpoint), windows, provider=CPU, threads=1)
+    expected = run(artifact, checkpoint).layers
+    assert [layer.layer for layer in found] == [layer.layer for layer in expected]
+    for one, other in zip(found, expected, strict=True):
+        left, right = asdict(one), asdict(other)
+        assert left["relative_error"] is not None
+        assert left.keys() == right.keys()
+        for name, value in right.items():
+            expected_value = value if value is None else pytest.approx(value, rel=1e-3, abs=1e-6)
+            assert left[name] == expected_value, (one.layer, name)
 
 
 def test_scales_that_are_undone_are_no_fault(fp32: Path, checkpoint: Path, tmp_path: Path) -> None:
