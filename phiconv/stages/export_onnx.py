@@ -64,9 +64,10 @@ class ExportOnnx:
         return ()
 
     def preload(self) -> None:
-        """Imports onnx_ir and what the graph is laid out with."""
+        """Imports onnx_ir, and the kernels with which every graph is written in the end."""
         import phiconv.onnx.export
-        import phiconv.onnx.quantize  # noqa: F401
+        import phiconv.onnx.quantize
+        import phiconv.onnx.writer  # noqa: F401
 
     def run(self, params: ExportOnnxParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.onnx.export import build_graph
