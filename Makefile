@@ -5,7 +5,7 @@ EXTRA ?= cpu
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow test-gpu check docs bench clean
 
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages on Linux.
 $(READY): pyproject.toml
@@ -23,6 +23,10 @@ test: $(READY)  ## Run the tests (under 10 minutes on 2 cores).
 
 test-slow: $(READY)  ## Run the tests that take longer.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+test-gpu:  ## Run what needs CUDA, in a set-up of its own, and write dist/cuda/cuda.md.
+	$(MAKE) VENV=.venv-cuda EXTRA=cuda .venv-cuda/.ready-cuda
+	HF_HUB_OFFLINE=1 .venv-cuda/bin/python -m benchmarks.cuda
 
 check: $(READY)  ## Lint, format check, types, import directions, generated documents.
 	$(BIN)/ruff check .

@@ -113,7 +113,8 @@ def _provenance(validations: Iterable[Validation]) -> list[str]:
                 f"{sum(operators.values())} nodes on {provider}"
                 for provider, operators in found.placement.items()
             )
-            parts = (f"{found.runtime} {found.runtime_version}", found.device, nodes)
+            driver = f"driver {found.driver}" if found.driver else ""
+            parts = (f"{found.runtime} {found.runtime_version}", found.device, driver, nodes)
             lines.append(f"- {validation.stage}: " + _escape(", ".join(p for p in parts if p)))
     return lines
 

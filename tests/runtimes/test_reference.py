@@ -143,6 +143,7 @@ def test_a_missing_cuda_device_is_the_environments_fault(checkpoint_path: Path) 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the installed PyTorch has no CUDA")
 def test_cuda_agrees_with_the_cpu(checkpoint_path: Path) -> None:
     checkpoint = Checkpoint(checkpoint_path)
     expected = final_hidden_states(checkpoint, WINDOWS)
