@@ -93,7 +93,7 @@ def without_collections() -> Iterator[None]:
     """Stops the garbage collector while large packages are imported.
 
     They make millions of objects that stay; looking through them again and again takes a quarter of
-    the seconds that torch, transformers and the model builder need. What the first of them made is
+    the seconds that torch and transformers need. What the first of them made is
     exempt from then on; later there may be garbage, which must not become exempt with it.
     """
     if not gc.isenabled():
