@@ -15,7 +15,8 @@ from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, PhiconvError, StageError
 
 _NOT_LOADED = re.compile(r"^Failed to load (?:.*[/\\])?([^/\\\s]+?):", re.MULTILINE)
-_CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")
+# as CudaCall in ONNX Runtime's cuda_call.cc writes them, for CUDA and its libraries
+_CUDA_FAILURE = re.compile(r"\b(?:CUDA|CUBLAS|CUDNN|CURAND|CUFFT) failure -?\d+: [^;]*[^;\s]")
 
 
 def open_session(

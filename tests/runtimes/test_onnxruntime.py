@@ -65,7 +65,8 @@ def test_the_registry_opens_a_session(cpu_artifact: Path) -> None:
 
 @pytest.mark.skipif(machine.CUDA in machine.providers(), reason="this machine has CUDA")
 def test_a_provider_that_the_runtime_lacks_is_the_environments_fault(cpu_artifact: Path) -> None:
-    with pytest.raises(EnvironmentLacksError, match="has no CUDAExecutionProvider"):
+    """It has none, or onnxruntime-gpu finds no driver for it."""
+    with pytest.raises(EnvironmentLacksError, match=r"has no CUDAExec|CUDAExec.* did not start"):
         open_session(cpu_artifact, ProviderChoice(machine.CUDA, machine.CUDA))
 
 

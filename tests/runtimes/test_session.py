@@ -22,6 +22,10 @@ OLD_DRIVER = (
     "is not supported in the installed CUDA driver ; GPU=-1 ; hostname=vm ; "
     "file=cuda_execution_provider.cc ; line=355 ; expr=cudaSetDevice(info_.device_id); \n\n"
 )
+NO_CUBLAS = OLD_DRIVER[: OLD_DRIVER.index("CUDA failure")] + (
+    "CUBLAS failure 1: the library was not initialized ; GPU=0 ; hostname=vm ; "
+    "file=cuda_execution_provider.cc ; line=245 ; expr=cublasCreate(&cublas_handle_); \n\n"
+)
 # What it printed without CUDA's libraries, and with one of the wrong kind.
 NOT_FOUND = """\
 Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file
@@ -80,11 +84,18 @@ def test_libraries_that_are_missing_are_named_and_nothing_is_printed(
     assert capsys.readouterr().out == ""
 
 
-def test_a_driver_too_old_is_the_environments_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = not_started(Ort(failure=OLD_DRIVER), monkeypatch)
-    assert error.message.endswith(
-        "did not start: CUDA failure 36: API call is not supported in the installed CUDA driver"
-    )
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OLD_DRIVER, "CUDA failure 36: API call is not supported in the installed CUDA driver"),
+        (NO_CUBLAS, "CUBLAS failure 1: the library was not initialized"),
+    ],
+)
+def test_a_failure_of_cuda_is_the_environments_fault(
+    monkeypatch: pytest.MonkeyPatch, failure: str, reason: str
+) -> None:
+    error = not_started(Ort(failure=failure), monkeypatch)
+    assert error.message.endswith(f"did not start: {reason}")
 
 
 def test_another_failure_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,7 @@ def test_without_llama_cpp_nothing_is_measured_where_the_recipe_says_so(
     assert found.status == "not_run"
 
 
+@pytest.mark.skipif(machine.llama_cpp_binding() is None, reason="llama.cpp is not installed")
 def test_a_plan_without_llama_cpp(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
