@@ -62,7 +62,11 @@ def test_the_layouts_of_the_model_builder(
     attention: str,
 ) -> None:
     checkpoint = write_phi3_checkpoint(tmp_path / "checkpoint", **overrides)
-    graph = decoder(write_onnx_artifact(checkpoint, tmp_path / "onnx", provider, precision))
+    if attention == "MultiHeadAttention":  # the builder's alone
+        folder = build_with_builder(checkpoint, tmp_path / "onnx", precision, provider)
+    else:
+        folder = write_onnx_artifact(checkpoint, tmp_path / "onnx", provider, precision)
+    graph = decoder(folder)
     assert [layer.attention.op_type for layer in graph.layers] == [attention] * 2
     for layer in graph.layers:
         assert [linear.role for linear in layer.linears] == [*qkv, "o_proj", *MLP]
