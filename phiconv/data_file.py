@@ -1,62 +1,138 @@
-"""A file of tensors: positional writes from many threads, its digest on the way."""
+"""A file of tensors: filled by many threads in any order, hashed and written in the file's order.
+
+The file is assembled in memory, in segments. Threads compute right into the segments in which
+their bytes lie; a segment whose bytes are all there is hashed, written and its memory used again.
+So every byte goes to the disk once and is never read back.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import heapq
-import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
-HASH_CHUNK_BYTES = 4 << 20
-WRITE_OUT_BYTES = 32 << 20
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+from phiconv.direct_file import BLOCK_BYTES, DirectFile
+from phiconv.segment_memory import SEGMENT_BYTES, SegmentMemory
+from phiconv.write_threads import run_all
+
+Bytes = npt.NDArray[np.uint8]
+
+# One hashes while the others write: enough to keep a disk busy.
+_DRAINS = 3
+# Memory for what is hashed and written, and for what each thread fills.
+_DRAINED_BYTES = 8 << 20
+_FILLED_BYTES = 6 << 20
 
 
 @dataclass(frozen=True)
 class Region:
-    """Byte range of one tensor in the file."""
+    """Bytes of the file: of a tensor, or of the rows of a panel within one.
+
+    Attributes:
+        offset: The first byte.
+        length: Bytes of a row.
+        rows: How many rows there are.
+        stride: Bytes from the beginning of a row to that of the next.
+    """
 
     offset: int
     length: int
+    rows: int = 1
+    stride: int = 0
 
     @property
     def end(self) -> int:
         """Offset of the first byte after it."""
-        return self.offset + self.length
+        return self.offset + (self.rows - 1) * self.stride + self.length
+
+    def bytes_before(self, position: int) -> int:
+        """How many of its bytes lie before a position of the file."""
+        if position <= self.offset:
+            return 0
+        if position >= self.end:
+            return self.rows * self.length
+        if self.rows == 1:
+            return position - self.offset
+        whole, rest = divmod(position - self.offset, self.stride)
+        return whole * self.length + min(rest, self.length)
+
+    def by_segment(self) -> Iterator[tuple[int, int]]:
+        """The segments that hold bytes of it, and how many."""
+        if not self.length:
+            return
+        before = 0
+        for index in range(self.offset // SEGMENT_BYTES, -(-self.end // SEGMENT_BYTES)):
+            after = self.bytes_before((index + 1) * SEGMENT_BYTES)
+            if after > before:
+                yield index, after - before
+            before = after
 
 
 class DataFile:
-    """A file of known size that threads fill in any order while its sha256 is computed in order.
+    """A file of known size that threads fill in any order.
 
     Args:
         path: File to create; it must not exist.
-        regions: Byte ranges that will be written; the gaps between them stay zero.
+        size: Its length in bytes.
+        regions: What will be filled, without overlaps; the rest of the file is zero.
+        threads: How many will fill it. With `waiting` it gives the limit on the memory used at a
+            time, which is exceeded only where nothing could go on otherwise.
+        waiting: Bytes that are filled while others before them are still missing.
+
+    Raises:
+        FileExistsError: There is such a file.
+        OSError: Such as a full disk.
     """
 
-    def __init__(self, path: Path, regions: Mapping[str, Region]):
+    def __init__(
+        self, path: Path, size: int, regions: Iterable[Region], *, threads: int, waiting: int = 0
+    ):
         self.path = path
-        self.size = max((region.end for region in regions.values()), default=0)
-        self._handles = _ThreadHandles(path)
-        with path.open("xb") as file:
-            file.truncate(self.size)
-        self._digest = _PrefixDigest(path, self.size)
+        self.size = size
+        self._segments = -(-size // SEGMENT_BYTES)
+        self._missing = [0] * self._segments
+        self._gaps: dict[int, list[slice]] = {}
+        self._note_regions(regions)
+        self._memory = SegmentMemory(_DRAINED_BYTES + threads * _FILLED_BYTES + waiting)
+        self._threads = threads
+        self._sha256 = hashlib.sha256()
+        self._changed = threading.Condition()
+        self._next = 0  # the first segment that no drain has taken
+        self._hashing = False
+        self._error: BaseException | None = None
+        self._drains = [
+            threading.Thread(target=self._drain, name="phiconv-drain", daemon=True)
+            for _ in range(_DRAINS)
+        ]
+        self._file = DirectFile(path, size)
+
+    def _note_regions(self, regions: Iterable[Region]) -> None:
         end = 0
-        for region in sorted(regions.values(), key=lambda region: region.offset):
-            if region.offset > end:
-                self._digest.complete(end, region.offset)
+        for region in sorted(regions, key=lambda region: region.offset):
+            for index, count in region.by_segment():
+                self._missing[index] += count
+            self._note_gap(end, region.offset)
             end = region.end
+        self._note_gap(end, -(-self.size // BLOCK_BYTES) * BLOCK_BYTES)
+
+    def _note_gap(self, start: int, stop: int) -> None:
+        for index, count in Region(start, max(0, stop - start)).by_segment():
+            first = max(start - index * SEGMENT_BYTES, 0)
+            self._gaps.setdefault(index, []).append(slice(first, first + count))
 
     def __enter__(self) -> DataFile:
-        self._digest.start()
+        for drain in self._drains:
+            drain.start()
         return self
 
     def __exit__(
@@ -65,122 +141,194 @@ class DataFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._digest.abandon()
-        self._digest.join()
-        self._handles.close()
+        if error is not None:
+            self._fail(error)
+        for drain in self._drains:
+            drain.join()
+        self._file.close()
+
+    def run(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Runs jobs that fill the file, begun in order; see `fill`.
+
+        Raises:
+            Exception: What the first job to fail raised, or why the file cannot be written.
+        """
+        run_all((partial(self._attempt, job) for job in jobs), self._threads)
+
+    def _attempt(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._fail(error)  # or others would wait for its bytes
+            raise
+
+    @contextmanager
+    def fill(self, *regions: Region) -> Iterator[Filling]:
+        """Lends memory for regions, which are final afterwards; any thread.
+
+        Waits while the memory is used up. So that no job waits for ever, a thread asks for all of a
+        job's regions at once, and jobs begin in the order of their first bytes: whatever is missing
+        in the first segment that is not full, then belongs to a job that has begun, or to one that
+        will begin once those before it, which lack bytes there as well, are done. Such jobs do not
+        wait.
+
+        Raises:
+            OSError: Writing failed.
+        """
+        filling = self._admit(regions)
+        yield filling
+        filling.settle()
+        with self._changed:
+            for region in regions:
+                for index, count in region.by_segment():
+                    self._missing[index] -= count
+            self._changed.notify_all()
 
     def write(self, offset: int, data: npt.NDArray[Any]) -> None:
-        """Write a C-contiguous array at a byte offset; any thread, ranges must not overlap."""
-        file = self._handles.current()
-        file.seek(offset)
-        view = data.reshape(-1).view(np.uint8).data
-        while view:
-            view = view[file.write(view) :]
-
-    def complete(self, start: int, stop: int) -> None:
-        """Declare the bytes ``[start, stop)`` final."""
-        self._digest.complete(start, stop)
+        """Fills the bytes at an offset with those of a C-contiguous array; any thread."""
+        region = Region(offset, data.nbytes)
+        with self.fill(region) as filling:
+            filling.array(region, (data.nbytes,), np.dtype(np.uint8))[:] = data.reshape(-1).view(
+                np.uint8
+            )
 
     def sha256(self) -> str:
-        """Digest of the whole file; waits until every region is complete."""
-        self._digest.join()
-        return self._digest.hexdigest()
+        """Digest of the whole file; waits until every region is filled and written.
 
-
-class _ThreadHandles:
-    """One unbuffered handle a thread: a seek by one never moves another's position."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._local = threading.local()
-        self._all: list[BinaryIO] = []
-        self._lock = threading.Lock()
-
-    def current(self) -> BinaryIO:
-        file: BinaryIO | None = getattr(self._local, "file", None)
-        if file is None:
-            file = cast(BinaryIO, self._path.open("r+b", buffering=0))
-            self._local.file = file
-            with self._lock:
-                self._all.append(file)
-        return file
-
-    def close(self) -> None:
-        with self._lock:
-            for file in self._all:
-                file.close()
-            self._all.clear()
-
-
-class _PrefixDigest(threading.Thread):
-    """sha256 of a file being written out of order: follows the end of its completed prefix.
-
-    What it reads was written a moment ago and comes from the page cache. What it has read it sends
-    on its way to the disk, so that little is left to wait for when the file is flushed at the end.
-    """
-
-    def __init__(self, path: Path, size: int):
-        super().__init__(name="phiconv-digest", daemon=True)
-        self._path = path
-        self._size = size
-        self._sha256 = hashlib.sha256()
-        self._pending: list[tuple[int, int]] = []
-        self._ready = 0
-        self._abandoned = False
-        self._error: OSError | None = None
-        self._changed = threading.Condition()
-
-    def complete(self, start: int, stop: int) -> None:
-        with self._changed:
-            heapq.heappush(self._pending, (start, stop))
-            while self._pending and self._pending[0][0] == self._ready:
-                self._ready = heapq.heappop(self._pending)[1]
-            self._changed.notify()
-
-    def abandon(self) -> None:
-        with self._changed:
-            self._abandoned = True
-            self._changed.notify()
-
-    def run(self) -> None:
-        buffer = bytearray(HASH_CHUNK_BYTES)
-        done = written_out = 0
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                while done < self._size:
-                    with self._changed:
-                        while not (self._abandoned or self._far_enough(done)):
-                            self._changed.wait()
-                        if self._abandoned:
-                            return
-                        wanted = min(self._ready - done, HASH_CHUNK_BYTES)
-                    count = file.readinto(memoryview(buffer)[:wanted])
-                    if not count:
-                        raise OSError(f"{self._path} became shorter while it was written")
-                    self._sha256.update(memoryview(buffer)[:count])
-                    done += count
-                    if done - written_out >= WRITE_OUT_BYTES:
-                        _begin_write_out(file.fileno(), written_out, done - written_out)
-                        written_out = done
-        except OSError as error:
-            self._error = error
-
-    def _far_enough(self, done: int) -> bool:
-        """Whole chunks, or the end of the file: fewer wake-ups of a busy machine."""
-        return self._ready - done >= HASH_CHUNK_BYTES or self._ready == self._size
-
-    def hexdigest(self) -> str:
-        if self._error is not None:
-            raise self._error
+        Raises:
+            OSError: Writing failed.
+        """
+        for drain in self._drains:
+            drain.join()
+        self._raise_error()
+        self._file.finish()
         return self._sha256.hexdigest()
 
+    def _admit(self, regions: Iterable[Region]) -> Filling:
+        """Opens the segments of a job, once there is memory for them."""
+        regions = tuple(regions)
+        wanted = sorted({index for region in regions for index, _ in region.by_segment()})
+        with self._changed:
+            while True:
+                self._raise_error()
+                closed = [index for index in wanted if index not in self._memory]
+                if self._next in wanted or self._memory.fits(len(closed)):
+                    break
+                self._changed.wait()
+            for index in closed:
+                self._open(index)
+            return Filling(self._memory, regions)
 
-def _begin_write_out(descriptor: int, start: int, length: int) -> None:
-    """Asks Linux to begin writing a range to the disk; elsewhere, the system decides when."""
-    if sys.platform != "linux":
-        return
-    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if begin is not None:
-        offsets = (ctypes.c_int64(start), ctypes.c_int64(length))
-        begin(ctypes.c_int(descriptor), *offsets, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+    def _open(self, index: int) -> None:
+        memory = self._memory.open(index)
+        for gap in self._gaps.get(index, ()):
+            memory[gap] = 0
+
+    def _drain(self) -> None:
+        """Hashes one full segment after the other, in turns with other threads, and writes it."""
+        try:
+            while (taken := self._take()) is not None:
+                index, segment = taken
+                start = index * SEGMENT_BYTES
+                self._sha256.update(segment[: self.size - start].data)
+                with self._changed:
+                    self._hashing = False
+                    self._changed.notify_all()
+                self._file.write(start, segment[: _padded(self.size - start)].data)
+                with self._changed:
+                    self._memory.close(index)
+                    self._changed.notify_all()
+        except BaseException as error:
+            self._fail(error)
+
+    def _take(self) -> tuple[int, Bytes] | None:
+        """The next segment, once it is full and its turn to be hashed; None when all is done."""
+        with self._changed:
+            while self._error is None and self._next < self._segments:
+                if not (self._hashing or self._missing[self._next]):
+                    index = self._next
+                    self._next += 1
+                    self._hashing = True
+                    if index not in self._memory:  # nothing but zeros
+                        self._open(index)
+                    self._changed.notify_all()  # the next is needed now
+                    return index, self._memory.together(index, index)
+                self._changed.wait()
+            return None
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _padded(length: int) -> int:
+    return -(-length // BLOCK_BYTES) * BLOCK_BYTES
+
+
+class Filling:
+    """The memory that a job fills."""
+
+    def __init__(self, memory: SegmentMemory, regions: Iterable[Region]):
+        self._runs = {region: list(_runs(memory, region)) for region in regions}
+        self._apart: list[tuple[Region, int, Bytes]] = []
+
+    def array(
+        self, region: Region, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> npt.NDArray[Any]:
+        """The array to fill a region of one row with; uninitialised."""
+        ((_, _, rows),) = self.rows(region)
+        return rows.reshape(-1).view(dtype).reshape(shape)
+
+    def rows(self, region: Region) -> Iterator[tuple[int, int, Bytes]]:
+        """Memory for the rows of a region, in as few pieces as it lies in.
+
+        Yields:
+            First row, the row after the last, and uint8 `[rows, length]`, uninitialised; its rows
+            may lie apart.
+        """
+        row = 0
+        for start, memory in self._runs[region]:
+            if row == region.rows:
+                return
+            # A row that began before this run was yielded apart.
+            first = region.offset + row * region.stride - start
+            count = (len(memory) - first - region.length) // max(region.stride, 1) + 1
+            count = min(count, region.rows - row)
+            if count > 0:
+                shape, strides = (count, region.length), (max(region.stride, region.length), 1)
+                yield row, row + count, as_strided(memory[first:], shape, strides)
+                row += count
+            if row < region.rows and region.offset + row * region.stride < start + len(memory):
+                apart = np.empty((1, region.length), np.uint8)
+                self._apart.append((region, row, apart))
+                yield row, row + 1, apart
+                row += 1
+
+    def settle(self) -> None:
+        """Puts rows that lie in memory of two runs or more where they belong."""
+        for region, row, apart in self._apart:
+            begin = region.offset + row * region.stride
+            end = begin + region.length
+            for start, memory in self._runs[region]:
+                first, last = max(begin, start), min(end, start + len(memory))
+                if first < last:
+                    memory[first - start : last - start] = apart[0, first - begin : last - begin]
+
+
+def _runs(memory: SegmentMemory, region: Region) -> Iterator[tuple[int, Bytes]]:
+    """Offset in the file and memory of the segments of a region, joined where they lie together."""
+    indices = [index for index, _ in region.by_segment()]
+    position = 0
+    while position < len(indices):
+        first = indices[position]
+        joined = memory.together(first, indices[-1])
+        yield first * SEGMENT_BYTES, joined
+        while position < len(indices) and indices[position] * SEGMENT_BYTES < (
+            first * SEGMENT_BYTES + len(joined)
+        ):
+            position += 1

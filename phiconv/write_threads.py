@@ -1,14 +1,17 @@
-"""The threads of a writer: buffers that each of them reuses, and running jobs to the end."""
+"""The threads of a writer: cutting its work, buffers that each reuses, running jobs to the end."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+CHUNK_BYTES = 2 << 20
+"""A job's input: small enough to stay in the second-level cache between reading and computing."""
 
 
 class ThreadBuffers:
@@ -30,6 +33,24 @@ class ThreadBuffers:
         if use not in buffers or buffers[use].nbytes < size:
             buffers[use] = np.empty(size, np.uint8)
         return buffers[use][:size].view(dtype).reshape(shape)
+
+
+def evenly(total: int, nbytes: int, limit: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Cuts rows into equal ranges, the last of which may be shorter.
+
+    Args:
+        total: Number of rows.
+        nbytes: Their bytes.
+        limit: Bytes that a range should not exceed.
+        multiple: Of what the number of rows in a range is a multiple, be it beyond the limit.
+
+    Yields:
+        First row, and the row after the last.
+    """
+    step = -(-total // -(-nbytes // limit))
+    step = -(-step // multiple) * multiple
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
 
 
 def run_all(tasks: Iterable[Callable[[], None]], threads: int) -> None:

@@ -1,10 +1,10 @@
 """Writes a GGUF file in one pass over the checkpoint.
 
 gguf's own writer lays out header, metadata and tensor infos; the tensor data is computed here,
-some rows at a time and by many threads: rows are read into a thread's buffer, one kernel turns
-them into ggml's blocks, and these go to their place in the file. So memory is a few buffers for
-each thread whatever the model's size, there is no intermediate file, and the bytes depend on the
-plan and the checkpoint alone.
+some rows at a time and by many threads: rows are read into a thread's buffer, and one kernel turns
+them into ggml's blocks at their place in the file. So memory is a few buffers for each thread
+whatever the model's size, there is no intermediate file, and the bytes depend on the plan and the
+checkpoint alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from phiconv.errors import StageError
 from phiconv.gguf.file_types import FLOAT_TYPES
 from phiconv.gguf.plan import Constant, TensorPlan, Weight
 from phiconv.kernels import floats, ggml
-from phiconv.write_threads import ThreadBuffers, run_all
+from phiconv.write_threads import CHUNK_BYTES, ThreadBuffers, evenly
 
 if TYPE_CHECKING:
     import gguf
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from phiconv.stages.stage import Progress
 
     Array = npt.NDArray[Any]
-
-# A job's input: small enough to stay in the second-level cache between read and write.
-CHUNK_BYTES = 2 << 20
 
 _HEADER = "header"
 _FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -98,23 +95,16 @@ def write_gguf(
         OSError: Reading or writing failed.
     """
     header = _header(path, metadata, plan)
-    regions = _lay_out(header, plan, metadata.data_alignment)
-    jobs = list(_jobs(plan, checkpoint, regions))
+    regions, size = _lay_out(header, plan, metadata.data_alignment)
+    jobs = list(_jobs(header, plan, checkpoint, regions))
     source_bytes = sum(job.source_bytes for job in jobs)
     progress.start(source_bytes, "bytes")
     work = _Work(checkpoint, progress, importance or {})
-    with DataFile(path, regions) as data:
-        _write_whole(data, regions[_HEADER], np.frombuffer(header, np.uint8))
-        for tensor in plan.tensors:
-            region = regions[tensor.name]
-            if isinstance(tensor, Constant):
-                _write_whole(data, region, np.array(tensor.values, "<f4"))
-            elif tensor.nbytes < region.length:
-                data.complete(region.offset + tensor.nbytes, region.end)  # zeros
-        _run(jobs, work, data, threads)
+    with DataFile(path, size, regions.values(), threads=threads) as data:
+        data.run(partial(job.run, work, data) for job in jobs)
         work.raise_findings()
         digest = data.sha256()
-    return Written(digest, data.size, source_bytes)
+    return Written(digest, size, source_bytes)
 
 
 def _header(path: Path, metadata: gguf.GGUFWriter, plan: TensorPlan) -> bytes:
@@ -147,19 +137,14 @@ def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _lay_out(header: bytes, plan: TensorPlan, alignment: int) -> dict[str, Region]:
-    """Places header and tensors one after the other, each with the padding that follows it."""
+def _lay_out(header: bytes, plan: TensorPlan, alignment: int) -> tuple[dict[str, Region], int]:
+    """Places header and tensors one after the other, aligned; returns the file's size, too."""
     regions = {_HEADER: Region(0, len(header))}
     end = len(header)
     for tensor in plan.tensors:
-        regions[tensor.name] = Region(end, _padded(tensor.nbytes, alignment))
-        end = regions[tensor.name].end
-    return regions
-
-
-def _write_whole(data: DataFile, region: Region, content: Array) -> None:
-    data.write(region.offset, content)
-    data.complete(region.offset, region.end)
+        regions[tensor.name] = Region(end, tensor.nbytes)
+        end = _padded(regions[tensor.name].end, alignment)
+    return regions, end
 
 
 @dataclass
@@ -206,32 +191,54 @@ class _Work:
             )
 
 
+class _Job(Protocol):
+    """Part of the file, to be made by one thread."""
+
+    @property
+    def source_bytes(self) -> int: ...
+
+    def run(self, work: _Work, data: DataFile) -> None: ...
+
+
 @dataclass(frozen=True)
-class _Job:
-    """Rows `[start, stop)` of one weight, to be computed and written by one thread."""
+class _ConstantJob:
+    """Copies what the plan holds."""
+
+    offset: int
+    content: Array
+    source_bytes: int = 0
+
+    def run(self, work: _Work, data: DataFile) -> None:
+        data.write(self.offset, self.content)
+
+
+@dataclass(frozen=True)
+class _WeightJob:
+    """Computes rows `[start, stop)` of one weight."""
 
     weight: Weight
     start: int
     stop: int
-    offset: int
+    region: Region
     source_bytes: int
 
     def run(self, work: _Work, data: DataFile) -> None:
         weight = self.weight
         source = work.read(weight, self.start, self.stop)
-        row_bytes = ggml.row_nbytes(weight.type, weight.shape[1])
-        out = work.buffers.get("out", (len(source), row_bytes), np.dtype(np.uint8))
-        if weight.type in FLOAT_TYPES:
-            scan = floats.cast_rows(source, out.view(_FLOAT_DTYPES[weight.type]))
-            finite = scan.finite
-            overflows = weight.type == "F16" and scan.max_abs >= floats.F16_OVERFLOW
-        else:
-            finite = ggml.quantize_rows(source, weight.type, out, work.importance.get(weight.name))
-            overflows = _has_infinite_scale(out, weight.type)
+        finite, overflows = True, False
+        with data.fill(self.region) as filling:
+            for first, last, out in filling.rows(self.region):
+                rows = source[first:last]
+                if weight.type in FLOAT_TYPES:
+                    scan = floats.cast_rows(rows, out.view(_FLOAT_DTYPES[weight.type]))
+                    finite &= scan.finite
+                    overflows |= weight.type == "F16" and scan.max_abs >= floats.F16_OVERFLOW
+                else:
+                    importance = work.importance.get(weight.name)
+                    finite &= ggml.quantize_rows(rows, weight.type, out, importance)
+                    overflows |= _has_infinite_scale(out, weight.type)
         if not finite or overflows:
             work.note(weight, finite=finite, overflows=overflows)
-        data.write(self.offset, out)
-        data.complete(self.offset, self.offset + out.nbytes)
         work.progress.advance(self.source_bytes, weight.source)
 
 
@@ -246,22 +253,21 @@ def _has_infinite_scale(blocks: Array, type_name: str) -> bool:
 
 
 def _jobs(
-    plan: TensorPlan, checkpoint: WeightSource, regions: Mapping[str, Region]
+    header: bytes, plan: TensorPlan, checkpoint: WeightSource, regions: Mapping[str, Region]
 ) -> Iterator[_Job]:
-    """Jobs in the order of the file, so that its digest can follow closely."""
-    for weight in plan.weights:
-        rows, columns = weight.shape
-        item_bytes = numpy_dtype(checkpoint.tensors[weight.source].dtype).itemsize
-        source_bytes = columns * item_bytes
-        pieces = -(-rows * source_bytes // CHUNK_BYTES)
-        step = -(-rows // min(pieces, rows))
-        row_bytes = ggml.row_nbytes(weight.type, columns)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            offset = regions[weight.name].offset + start * row_bytes
-            yield _Job(weight, start, stop, offset, (stop - start) * source_bytes)
+    """Jobs in the order of the file, so that it can be written while it is filled."""
+    yield _ConstantJob(0, np.frombuffer(header, np.uint8))
+    for tensor in plan.tensors:
+        if isinstance(tensor, Constant):
+            yield _ConstantJob(regions[tensor.name].offset, np.array(tensor.values, "<f4"))
+        else:
+            yield from _weight_jobs(tensor, checkpoint, regions[tensor.name])
 
 
-def _run(jobs: list[_Job], work: _Work, data: DataFile, threads: int) -> None:
-    """Runs the jobs on a thread pool; the first failure cancels what has not begun."""
-    run_all((partial(job.run, work, data) for job in jobs), threads)
+def _weight_jobs(weight: Weight, checkpoint: WeightSource, region: Region) -> Iterator[_WeightJob]:
+    rows, columns = weight.shape
+    source_bytes = columns * numpy_dtype(checkpoint.tensors[weight.source].dtype).itemsize
+    row_bytes = ggml.row_nbytes(weight.type, columns)
+    for start, stop in evenly(rows, rows * source_bytes, CHUNK_BYTES):
+        place = Region(region.offset + start * row_bytes, row_bytes, stop - start, row_bytes)
+        yield _WeightJob(weight, start, stop, place, (stop - start) * source_bytes)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from phiconv.kernels.jit import kernel, routine
 
@@ -150,10 +151,19 @@ def _riffle(source: Array, target: Array, quarter: int) -> None:
 
 @kernel
 def _cast_transposed(
-    source: Array, source_format: int, k0: int, target: Array, target_format: int
+    source: Array,
+    source_format: int,
+    k0: int,
+    columns: int,
+    target: Array,
+    stride: int,
+    target_format: int,
 ) -> Any:
-    """Casts columns `[k0, k0 + len(target))` into rows; returns what `_cast` does."""
-    columns, rows = target.shape
+    """Casts columns `[k0, k0 + columns)` into rows that begin `stride` values apart.
+
+    Returns what `_cast` does.
+    """
+    rows = source.shape[0]
     raw = np.empty(_HEIGHT * _WIDTH, source.dtype)
     bits = np.empty(_HEIGHT * _WIDTH, np.int32)
     front = np.zeros(_HEIGHT * _WIDTH, target.dtype)
@@ -173,7 +183,8 @@ def _cast_transposed(
             _riffle(back, front, quarter)
             _riffle(front, back, quarter)
             for j in range(width):
-                copy(back[j * _HEIGHT : j * _HEIGHT + height], target[k + j, n : n + height])
+                start = (k + j) * stride + n
+                copy(back[j * _HEIGHT : j * _HEIGHT + height], target[start : start + height])
     return worst
 
 
@@ -231,7 +242,8 @@ def cast_transposed(weight: Array, k0: int, k1: int, out: Array) -> Scan:
         weight: `[N, K]`, C-contiguous; bfloat16 (or its bits as uint16), float16 or float32.
         k0: First column.
         k1: End of the columns.
-        out: Receives the result; `[k1 - k0, N]`, C-contiguous, same choice of dtypes.
+        out: Receives the result; `[k1 - k0, N]`, same choice of dtypes. Each row is contiguous;
+            the rows may lie apart, as those of columns of a larger C-contiguous matrix do.
 
     Returns:
         Whether those columns are finite, and their largest magnitude.
@@ -240,9 +252,18 @@ def cast_transposed(weight: Array, k0: int, k1: int, out: Array) -> Scan:
         ValueError: Shapes, dtypes or layouts do not fit.
     """
     source, source_format = bit_view(weight, "weight")
-    target, target_format = bit_view(out, "out")
     if weight.ndim != 2 or not 0 <= k0 <= k1 <= weight.shape[1]:
         raise ValueError(f"columns {k0}..{k1} do not lie in a matrix of shape {weight.shape}")
-    if out.shape != (k1 - k0, weight.shape[0]):
-        raise ValueError(f"out has shape {out.shape}, not {(k1 - k0, weight.shape[0])}")
-    return _scan(_cast_transposed(source, source_format, k0, target, target_format))
+    columns, rows = k1 - k0, weight.shape[0]
+    if out.shape != (columns, rows):
+        raise ValueError(f"out has shape {out.shape}, not {(columns, rows)}")
+    if not out.size:
+        return Scan(finite=True, max_abs=0.0)
+    stride, odd = divmod(out.strides[0], out.itemsize) if columns > 1 else (rows, 0)
+    if (rows > 1 and out.strides[1] != out.itemsize) or odd or stride < rows:
+        raise ValueError("each row of out must be C-contiguous, and the rows in order")
+    flat = as_strided(out, ((columns - 1) * stride + rows,), (out.itemsize,))
+    target, target_format = bit_view(flat, "out")
+    return _scan(
+        _cast_transposed(source, source_format, k0, columns, target, stride, target_format)
+    )

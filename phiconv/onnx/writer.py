@@ -1,42 +1,31 @@
 """Materialises a lazy graph: model.onnx and its external data, in one pass over the checkpoint.
 
 Every initializer is cut into jobs of a few megabytes; a job reads checkpoint rows into a buffer
-of its thread, runs one kernel and writes the result at its place in the data file. So memory is a
-few buffers for each thread whatever the model's size, and reading, computing and writing overlap.
-The bytes depend on the graph and the checkpoint alone, not on threads or timing.
+of its thread and runs one kernel, which puts the result at its place in the data file. So memory
+is a few buffers for each thread and a tensor's worth of the file, whatever the model's size, and
+reading, computing and writing overlap. The bytes depend on the graph and the checkpoint alone, not
+on threads or timing.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phiconv.checkpoint.problems import listed, not_finite_error
-from phiconv.checkpoint.safetensors_file import numpy_dtype
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.data_file import DataFile, Region
-from phiconv.errors import ExportError, StageError
-from phiconv.kernels import floats, matmulnbits
+from phiconv.errors import ExportError
 from phiconv.onnx.data_layout import lay_out
 from phiconv.onnx.graph import DATA_FILE, OnnxGraph
 from phiconv.onnx.tied import same_bytes, share_float_head
-from phiconv.onnx.weights import (
-    Blockwise,
-    Dense,
-    Packed,
-    Part,
-    Quantization,
-    Rows,
-    between,
-    row_count,
-)
-from phiconv.write_threads import ThreadBuffers, run_all
+from phiconv.onnx.weight_jobs import ConstantJob, DenseJob, Job, QuantizedJob, RowsOf, Work
+from phiconv.onnx.weights import Blockwise, Dense, Packed, Part, Quantization, Rows, row_count
+from phiconv.write_threads import CHUNK_BYTES, evenly
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,10 +34,11 @@ if TYPE_CHECKING:
     from phiconv.stages.stage import Progress
 
 MODEL_FILE = "model.onnx"
-# A job's input: small enough to stay in the second-level cache between read and write.
-CHUNK_BYTES = 2 << 20
-# A transposed write is contiguous only for whole tensors; wider panels mean longer runs.
-PANEL_BYTES = 64 << 20
+# A transposed matrix is assembled as a whole, or a strip of its rows after the other: each strip
+# reads the source again.
+STRIP_BYTES = 96 << 20
+# Rows of the source, columns of the transposed: whole cache lines for each thread.
+PANEL_ROWS = 64
 # Constants below this stay in the graph, where shape inference can see them.
 INLINE_BYTES = 1 << 10
 
@@ -93,224 +83,27 @@ def write_model(
 
     share_float_head(graph)
     shared = same_bytes(graph)
-    lengths, constants = _external_tensors(graph, shared)
-    regions = lay_out(lengths)
-    jobs = list(_jobs(graph, checkpoint, regions))
-    progress.start(sum(job.source_bytes for job in jobs), "bytes")
-    work = _Work(checkpoint, progress)
-    with DataFile(folder / DATA_FILE, regions) as data:
-        for name, tensor in constants.items():
-            # as stored: numpy has no type for two 4-bit numbers a byte
-            data.write(regions[name].offset, np.frombuffer(tensor.tobytes(), np.uint8))
-            data.complete(regions[name].offset, regions[name].end)
-        _run(jobs, work, data, threads)
+    regions = lay_out(_external_lengths(graph, shared))
+    size = max((region.end for region in regions.values()), default=0)
+    # in the order of the file, so that it can be written while it is filled
+    jobs = sorted(_jobs(graph, checkpoint, regions), key=lambda job: job.offset)
+    source_bytes = sum(job.source_bytes for job in jobs)
+    progress.start(source_bytes, "bytes")
+    work = Work(checkpoint, progress)
+    path, waiting = folder / DATA_FILE, max(map(_waiting, jobs), default=0)
+    with DataFile(path, size, regions.values(), threads=threads, waiting=waiting) as data:
+        data.run(partial(job.run, work, data) for job in jobs)
         work.raise_findings()
         digest = data.sha256()
     _point_to_data(graph.model, regions | {name: regions[shared[name]] for name in shared})
     proto = ir.serde.serialize_model(graph.model)
     (folder / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
-    return Written(digest, data.size, sum(job.source_bytes for job in jobs), len(regions))
+    return Written(digest, size, source_bytes, len(regions))
 
 
-@dataclass
-class _Work:
-    """What the jobs of one model share: source, progress, buffers and findings."""
-
-    checkpoint: WeightSource
-    progress: Progress
-    not_finite: set[str] = field(default_factory=set)
-    overflowing: dict[str, float] = field(default_factory=dict)
-    buffers: ThreadBuffers = field(default_factory=ThreadBuffers)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def read(
-        self, source: WeightSource, rows: tuple[Rows, ...], start: int, stop: int
-    ) -> np.ndarray:
-        """Rows ``[start, stop)`` of a concatenation, in the source's own dtype."""
-        info = source.tensors[rows[0].tensor]
-        out = self.buffers.get("source", (stop - start, *info.shape[1:]), numpy_dtype(info.dtype))
-        filled = 0
-        for part in between(rows, start, stop):
-            end = filled + len(part)
-            source.read_rows(part.tensor, part.start, part.stop, out[filled:end])
-            filled = end
-        return out
-
-    def note_unusable(self, names: set[str], scan: floats.Scan) -> None:
-        """Remember tensors that hold NaN or Inf, or values that fp16 cannot hold."""
-        with self._lock:
-            if not scan.finite:
-                self.not_finite |= names
-                return
-            for name in names:
-                self.overflowing[name] = max(scan.max_abs, self.overflowing.get(name, 0.0))
-
-    def raise_findings(self) -> None:
-        """Report every tensor that cannot be converted, in one error."""
-        if self.not_finite:
-            raise not_finite_error(self.not_finite, self.checkpoint.path)
-        if self.overflowing:
-            named = [f"{name} (|w| up to {m:.4g})" for name, m in sorted(self.overflowing.items())]
-            raise StageError(
-                f"outside the range of fp16, ±65504: {listed(named)}",
-                where=str(self.checkpoint.path),
-                remedy="use precision fp32, or a cast stage with overflow: clamp",
-            )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Rows ``[start, stop)`` of one weight, to be computed and written by one thread."""
-
-    source: WeightSource
-    rows: tuple[Rows, ...]
-    start: int
-    stop: int
-    source_bytes: int
-
-    def run(self, work: _Work, data: DataFile) -> None:
-        raise NotImplementedError
-
-    def _names(self) -> set[str]:
-        return {part.tensor for part in self.rows}
-
-
-@dataclass(frozen=True)
-class _DenseJob(_Job):
-    """Rounds rows to the target type and writes them, in order or transposed."""
-
-    region: Region
-    dtype: np.dtype
-    expr: Dense
-
-    def run(self, work: _Work, data: DataFile) -> None:
-        source = work.read(self.source, self.rows, self.start, self.stop)
-        if self.expr.transposed:
-            scan = self._write_transposed(source, work, data)
-        else:
-            out = work.buffers.get("dense", source.shape, self.dtype)
-            scan = floats.cast_rows(source, out)
-            self._clamp(out)
-            offset = self.region.offset + self.start * (out.nbytes // len(out))
-            data.write(offset, out)
-            data.complete(offset, offset + out.nbytes)
-        overflows = self.dtype == np.float16 and scan.max_abs >= floats.F16_OVERFLOW
-        if not scan.finite or (overflows and self.expr.overflow == "error"):
-            work.note_unusable(self._names(), scan)
-
-    def _write_transposed(self, source: np.ndarray, work: _Work, data: DataFile) -> floats.Scan:
-        """Write ``[N, K]`` rows as columns of ``[K, N]``, a few output rows at a time."""
-        n, k = source.shape
-        total = row_count(self.rows)
-        step = max(1, CHUNK_BYTES // (n * self.dtype.itemsize))
-        finite, largest = True, 0.0
-        for first in range(0, k, step):
-            last = min(first + step, k)
-            out = work.buffers.get("dense", (last - first, n), self.dtype)
-            scan = floats.cast_transposed(source, first, last, out)
-            finite, largest = finite and scan.finite, max(largest, scan.max_abs)
-            self._clamp(out)
-            if n == total:
-                data.write(self.region.offset + first * n * self.dtype.itemsize, out)
-                continue
-            for row in range(last - first):
-                position = (first + row) * total + self.start
-                data.write(self.region.offset + position * self.dtype.itemsize, out[row])
-        return floats.Scan(finite, largest)
-
-    def _clamp(self, out: np.ndarray) -> None:
-        if self.expr.overflow == "clamp":
-            limits = np.finfo(out.dtype)
-            np.clip(out, limits.min, limits.max, out=out)
-
-
-@dataclass(frozen=True)
-class _QuantizedJob(_Job):
-    """Makes packed integers, scales and zero points of rows, and writes them."""
-
-    regions: dict[Part, Region]
-    quantization: Quantization
-
-    def run(self, work: _Work, data: DataFile) -> None:
-        outputs = self._outputs(work)
-        self._fill(outputs, work)
-        for part, array in outputs.items():
-            offset = self.regions[part].offset + self.start * (array.nbytes // len(array))
-            data.write(offset, array)
-            data.complete(offset, offset + array.nbytes)
-
-    def _outputs(self, work: _Work) -> dict[Part, np.ndarray]:
-        q, n = self.quantization, self.stop - self.start
-        k = self.source.tensors[self.rows[0].tensor].shape[1]
-        shapes = matmulnbits.layout(n, k, bits=q.bits, block_size=q.block_size)
-        scale_dtype = np.dtype(np.float32 if q.scale_dtype == "FLOAT" else np.float16)
-        byte = np.dtype(np.uint8)
-        outputs: dict[Part, np.ndarray] = {
-            "weight": work.buffers.get("weight", shapes.packed, byte),
-            "scales": work.buffers.get("scales", shapes.scales, scale_dtype),
-        }
-        if not q.symmetric:
-            outputs["zero_points"] = work.buffers.get("zero_points", shapes.zero_points, byte)
-        return outputs
-
-    def _fill(self, outputs: dict[Part, np.ndarray], work: _Work) -> None:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _BlockwiseJob(_QuantizedJob):
-    """Quantizes rows."""
-
-    def _fill(self, outputs: dict[Part, np.ndarray], work: _Work) -> None:
-        source = work.read(self.source, self.rows, self.start, self.stop)
-        q = self.quantization
-        usable = matmulnbits.quantize_rows(
-            source,
-            bits=q.bits,
-            block_size=q.block_size,
-            symmetric=q.symmetric,
-            search=q.search,
-            packed=outputs["weight"],
-            scales=outputs["scales"],
-            zero_points=outputs.get("zero_points"),
-        )
-        if not usable:
-            # NaN or Inf as stored, or too large for the scales' type: only the source tells.
-            scan = floats.cast_rows(
-                source, work.buffers.get("scan", source.shape, np.dtype(np.float32))
-            )
-            work.note_unusable(self._names(), scan)
-
-
-@dataclass(frozen=True)
-class _PackedJob(_QuantizedJob):
-    """Copies the codes that the source has."""
-
-    def _fill(self, outputs: dict[Part, np.ndarray], work: _Work) -> None:
-        rounded = self.source.rounded
-        assert rounded is not None
-        zero_points = outputs.get("zero_points")
-        filled = 0
-        for part in between(self.rows, self.start, self.stop):
-            end = filled + len(part)
-            rounded.read_rows(
-                part.tensor,
-                part.start,
-                packed=outputs["weight"][filled:end],
-                scales=outputs["scales"][filled:end],
-                zero_points=zero_points[filled:end] if zero_points is not None else None,
-            )
-            filled = end
-        if not np.isfinite(outputs["scales"]).all():
-            work.note_unusable(self._names(), floats.Scan(finite=True, max_abs=float("inf")))
-
-
-def _external_tensors(
-    graph: OnnxGraph, shared: Mapping[str, str]
-) -> tuple[dict[str, int], dict[str, ir.TensorProtocol]]:
-    """Byte length by name of what goes to the data file, and the constants among it."""
+def _external_lengths(graph: OnnxGraph, shared: Mapping[str, str]) -> dict[str, int]:
+    """Byte length by name of what goes to the data file."""
     lengths: dict[str, int] = {}
-    constants: dict[str, ir.TensorProtocol] = {}
     for name, value in graph.model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None:
@@ -320,28 +113,30 @@ def _external_tensors(
                 lengths[name] = tensor.nbytes
         elif tensor.nbytes > INLINE_BYTES:
             lengths[name] = tensor.nbytes
-            constants[name] = tensor
-    return lengths, constants
+    return lengths
 
 
-def _jobs(graph: OnnxGraph, source: WeightSource, regions: dict[str, Region]) -> Iterator[_Job]:
-    """Jobs in the order of the data file, so that its digest can follow closely."""
+def _jobs(graph: OnnxGraph, source: WeightSource, regions: Mapping[str, Region]) -> Iterator[Job]:
     groups: dict[str, dict[Part, Region]] = {}
     for name, expr in graph.weights.items():
         if isinstance(expr, Blockwise | Packed) and name in regions:
             groups.setdefault(expr.group, {})[expr.part] = regions[name]
-    for name in regions:
+    for name, region in regions.items():
         match graph.weights.get(name):
+            case None:
+                tensor = graph.model.graph.initializers[name].const_value
+                assert tensor is not None
+                yield ConstantJob(region.offset, tensor)
             case Dense() as dense:
-                yield from _dense_jobs(graph, source, name, dense, regions[name])
+                yield from _dense_jobs(graph, source, name, dense, region)
             case Blockwise(rows, q, "weight", group):
                 fitting = source.for_grid(Grid(q.bits, q.block_size, q.symmetric))
-                for start, stop, size in _chunks(fitting, rows, CHUNK_BYTES):
-                    yield _BlockwiseJob(fitting, rows, start, stop, size, groups[group], q)
+                for part in _chunks(fitting, rows):
+                    yield QuantizedJob(part, groups[group], q, packed=False)
             case Packed(rows, q, "weight", group):
                 _check_codes(name, rows, q, source)
-                for start, stop, size in _chunks(source, rows, CHUNK_BYTES):
-                    yield _PackedJob(source, rows, start, stop, size, groups[group], q)
+                for part in _chunks(source, rows):
+                    yield QuantizedJob(part, groups[group], q, packed=True)
 
 
 def _check_codes(name: str, rows: tuple[Rows, ...], q: Quantization, source: WeightSource) -> None:
@@ -364,49 +159,42 @@ def _check_codes(name: str, rows: tuple[Rows, ...], q: Quantization, source: Wei
 
 def _dense_jobs(
     graph: OnnxGraph, source: WeightSource, name: str, expr: Dense, region: Region
-) -> Iterator[_Job]:
+) -> Iterator[DenseJob]:
     value = graph.model.graph.initializers[name]
     assert value.dtype is not None
     dtype = np.dtype(value.dtype.numpy())
-    limit = PANEL_BYTES if expr.transposed else CHUNK_BYTES
-    for start, stop, size in _chunks(source, expr.rows, limit):
-        yield _DenseJob(source, expr.rows, start, stop, size, region, dtype, expr)
+    total = row_count(expr.rows)
+    columns = region.length // (total * dtype.itemsize)
+    if not expr.transposed:
+        row_bytes = columns * dtype.itemsize
+        for part in _chunks(source, expr.rows):
+            place = Region(region.offset + part.start * row_bytes, row_bytes, len(part), row_bytes)
+            yield DenseJob(part, (0, columns), place, dtype, expr)
+        return
+    stride = total * dtype.itemsize
+    for first, last in evenly(columns, region.length, STRIP_BYTES):
+        for part in _chunks(source, expr.rows, PANEL_ROWS):
+            offset = region.offset + first * stride + part.start * dtype.itemsize
+            place = Region(offset, len(part) * dtype.itemsize, last - first, stride)
+            yield DenseJob(part, (first, last), place, dtype, expr)
 
 
-def _chunks(
-    source: WeightSource, rows: tuple[Rows, ...], limit: int
-) -> Iterator[tuple[int, int, int]]:
-    """Cut a concatenation of rows into equal ranges of at most `limit` bytes."""
-    info = source.tensors[rows[0].tensor]
+def _chunks(source: WeightSource, rows: tuple[Rows, ...], multiple: int = 1) -> Iterator[RowsOf]:
+    """Cut a concatenation of rows into ranges of about `CHUNK_BYTES`."""
     total = row_count(rows)
-    pieces = -(-total * info.row_nbytes // limit)
-    step = -(-total // pieces)
-    for start in range(0, total, step):
-        stop = min(start + step, total)
-        yield start, stop, (stop - start) * info.row_nbytes
+    nbytes = total * source.tensors[rows[0].tensor].row_nbytes
+    for start, stop in evenly(total, nbytes, CHUNK_BYTES, multiple):
+        yield RowsOf(source, rows, start, stop)
 
 
-def _run(jobs: list[_Job], work: _Work, data: DataFile, threads: int) -> None:
-    """Run the jobs on a thread pool; the first failure cancels what has not begun."""
-    transposed_left: dict[int, int] = {}
-    for job in jobs:
-        if isinstance(job, _DenseJob) and job.expr.transposed:
-            offset = job.region.offset
-            transposed_left[offset] = transposed_left.get(offset, 0) + 1
-    lock = threading.Lock()
-
-    def execute(job: _Job) -> None:
-        job.run(work, data)
-        if isinstance(job, _DenseJob) and job.expr.transposed:
-            # Panels interleave in the file: it is final only when the last of them is.
-            with lock:
-                transposed_left[job.region.offset] -= 1
-                last = transposed_left[job.region.offset] == 0
-            if last:
-                data.complete(job.region.offset, job.region.end)
-        work.progress.advance(job.source_bytes, job.rows[0].tensor)
-
-    run_all((partial(execute, job) for job in jobs), threads)
+def _waiting(job: Job) -> int:
+    """Bytes of a job's tensor that are filled while others before them are still missing."""
+    match job:
+        case DenseJob(region=strip) if job.expr.transposed:
+            return strip.rows * strip.stride
+        case QuantizedJob(regions=parts):
+            return sum(region.length for part, region in parts.items() if part != "weight")
+    return 0
 
 
 def _point_to_data(model: ir.Model, regions: dict[str, Region]) -> None:

@@ -165,9 +165,9 @@ def test_bytes_depend_on_neither_threads_nor_chunks(
     write_codes(folder, checkpoint, overlay)
     loaded = Overlay.load(folder)
     found = []
-    for threads, chunk, panel in ((1, 2 << 20, 64 << 20), (4, 5_000, 9_000)):
+    for threads, chunk, strip in ((1, 2 << 20, 96 << 20), (4, 5_000, 9_000)):
         monkeypatch.setattr(writer, "CHUNK_BYTES", chunk)
-        monkeypatch.setattr(writer, "PANEL_BYTES", panel)
+        monkeypatch.setattr(writer, "STRIP_BYTES", strip)
         graph = lay_out(path, tmp_path / str(threads))
         quantize_body(graph, GRID, {GATE_UP: GRID}, other="o_proj")
         write_overlaid(graph, path, loaded, tmp_path / f"onnx{threads}", threads)

@@ -119,9 +119,9 @@ def test_bytes_do_not_depend_on_threads(tmp_path: Path, monkeypatch: pytest.Monk
 
     path = write_phi3_checkpoint(tmp_path / "checkpoint", dtype="bf16")
     written = []
-    for threads, chunk, panel in ((1, 2 << 20, 64 << 20), (4, 5_000, 9_000)):
+    for threads, chunk, strip in ((1, 2 << 20, 64 << 20), (4, 5_000, 9_000)):
         monkeypatch.setattr(writer, "CHUNK_BYTES", chunk)
-        monkeypatch.setattr(writer, "PANEL_BYTES", panel)
+        monkeypatch.setattr(writer, "STRIP_BYTES", strip)
         graph = lay_out(path, tmp_path / str(threads))
         quantize_graph(graph, lambda w: target(symmetric=False) if "mlp" in w.name else None)
         result = write(graph, path, tmp_path / f"onnx{threads}", threads)
