@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from phiconv.errors import PhiconvError
@@ -255,12 +255,23 @@ def inspection_text(found: OnnxSummary | GgufSummary | CheckpointSummary) -> str
     else:
         lines = [f"checkpoint {found.architecture}: {found.parameters:,} parameters"]
         about = found.config
-    lines += table([(name, str(value)) for name, value in about.items()]) if about else []
+    lines += table([(name, _plain(value)) for name, value in about.items()]) if about else []
     dtypes = found.dtypes.items()
     rows = [(name, f"{count} tensors", size_text(size)) for name, (count, size) in dtypes]
     lines += ["dtypes", *table(rows)]
     rows = [(name, size_text(size), "") for name, size in found.files.items()]
     return "\n".join([*lines, "files", *table(rows)])
+
+
+def _plain(value: object) -> str:
+    """A value of a config in words: `3500, 3503`; `do_sample false, top_p 1.0`; `-` for none."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "-" if value is None else str(value)
 
 
 def _weight_rows(found: OnnxSummary | GgufSummary) -> list[tuple[str, ...]]:

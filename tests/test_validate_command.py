@@ -65,7 +65,7 @@ def test_an_artifact_is_measured_once_and_judged_as_often_as_one_likes(
     assert "my-model: passed on CPUExecutionProvider" in done.out
     assert "kl_divergence.mean" in done.out
     assert "max 0.1   passed" in done.out, "the default gates"
-    assert "kernels        clean  static CPUExecutionProvider kernel check clean" in done.out
+    assert "kernels        clean  static CPUExecutionProvider kernel check, nothing amiss" in done.out
     assert str(artifact) in done.out
     assert {path.name for path in validate.out.iterdir()} == {*REPORTS, "mine.txt"}
     text = (validate.out / "report.json").read_text(encoding="utf-8")
@@ -246,7 +246,7 @@ class TestWithoutTheProvider:
         assert done.code == 0, done.out
         verdict = "passed on CPUExecutionProvider, target CUDAExecutionProvider not present"
         assert verdict in done.out
-        assert "static CUDAExecutionProvider kernel check clean" in done.out
+        assert "static CUDAExecutionProvider kernel check, nothing amiss" in done.out
 
     def test_skip_is_no_success(self, validate: Validate, cuda: Path) -> None:
         done = validate(cuda, "--provider", "cuda", "--when-missing", "skip")

@@ -16,8 +16,8 @@ def report_markdown(result: RunResult) -> str:
     lines = [
         f"## {_MARKS[result.status]} {_escape(result.recipe)}: {text.headline(result)}",
         "",
-        f"{_escape(result.checkpoint.source)} → {text.size(result.size_bytes)}"
-        + (f", {_escape(result.release_path)}" if result.release_path else ""),
+        f"{text.size(result.size_bytes)} from {_escape(result.checkpoint.source)}"
+        + (f", released as {_escape(result.release_path)}" if result.release_path else ""),
     ]
     for validation in result.validations:
         lines += ["", *_validation(validation)]

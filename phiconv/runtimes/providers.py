@@ -17,12 +17,15 @@ WhenMissing = Literal["require", "fallback-cpu", "skip"]
 
 CPU = machine.CPU
 PROVIDERS: dict[Provider, str] = {"cpu": machine.CPU, "cuda": machine.CUDA, "dml": machine.DML}
-REMEDIES: dict[Provider, str] = {
+INSTALL: dict[Provider, str] = {
     "cpu": "pip install 'phiconv[cpu]'",
-    "cuda": "on a machine with an NVIDIA GPU and its driver: pip install 'phiconv[cuda]'; "
-    "or set when_missing: fallback-cpu or skip",
-    "dml": "on Windows with a DirectX 12 GPU: pip install 'phiconv[dml]'; "
-    "or set when_missing: fallback-cpu or skip",
+    "cuda": "on a machine with an NVIDIA GPU and its driver: pip install 'phiconv[cuda]'",
+    "dml": "on Windows with a DirectX 12 GPU: pip install 'phiconv[dml]'",
+}
+REMEDIES: dict[Provider, str] = {
+    "cpu": INSTALL["cpu"],
+    "cuda": f"{INSTALL['cuda']}; or set when_missing: fallback-cpu or skip",
+    "dml": f"{INSTALL['dml']}; or set when_missing: fallback-cpu or skip",
 }
 
 

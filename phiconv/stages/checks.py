@@ -83,20 +83,23 @@ def check_kernels(folder: Path, target: str) -> Checked:
     check = Check(
         "kernels",
         _state(grave, [f for f in rest if f.severity != "note"]),
-        f"static {target} kernel check {_kernel_summary(grave, rest)}",
+        _kernel_summary(target, grave, rest),
         _listed([*grave, *rest]),
         ("kernels.unserved",),
     )
     return Checked((check,), {"kernels.unserved": float(len(grave))})
 
 
-def _kernel_summary(grave: Sequence[KernelFinding], rest: Sequence[KernelFinding]) -> str:
+def _kernel_summary(
+    target: str, grave: Sequence[KernelFinding], rest: Sequence[KernelFinding]
+) -> str:
+    check = f"static {target} kernel check"
     if grave:
-        return f"found {_counted(len(grave), 'node')} that it cannot run or leaves to the CPU"
+        nodes = _counted(len(grave), "node")
+        return f"{check} found {nodes} that it cannot run or leaves to the CPU"
     on_cpu = sum(finding.severity == "falls back to CPU" for finding in rest)
-    if on_cpu:
-        return f"clean but for {_counted(on_cpu, 'small node')} left to the CPU"
-    return "clean"
+    but = f", {_counted(on_cpu, 'small node')} left to the CPU" if on_cpu else ""
+    return f"{check}, nothing amiss{but}"
 
 
 def check_wiring(folder: Path, checkpoint: Checkpoint) -> Checked:

@@ -189,16 +189,15 @@ class Validate:
 
     def requires(self, params: ValidateParams) -> tuple[Requirement, ...]:
         from phiconv.runtimes.llama_cpp_library import REMEDY
-        from phiconv.runtimes.providers import PROVIDERS, REMEDIES
+        from phiconv.runtimes.providers import INSTALL, PROVIDERS, REMEDIES
 
         optional = params.when_missing != "require"
         if params.runtime == "llama.cpp":
             return (Requirement("binding", machine.LLAMA_CPP, optional, REMEDY),)
-        needed = [
-            Requirement("provider", PROVIDERS[params.provider], optional, REMEDIES[params.provider])
-        ]
+        remedy = (INSTALL if optional else REMEDIES)[params.provider]
+        needed = [Requirement("provider", PROVIDERS[params.provider], optional, remedy)]
         if params.runtime == "onnxruntime-genai":
-            remedy = REMEDIES[params.provider]
+            remedy = INSTALL[params.provider]
             needed.append(Requirement("module", "onnxruntime_genai", remedy=remedy))
         return tuple(needed)
 
