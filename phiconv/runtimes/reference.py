@@ -35,8 +35,8 @@ LM_HEAD = "lm_head.weight"
 # How many tokens go through a layer at once: bounds the activations inside the MLP.
 _BATCH_TOKENS: dict[Device, int] = {"cpu": 1024, "cuda": 8192}
 _EMBEDDING_ROWS = 16384
-# Rows of the head that are in fp32 at a time.
-_HEAD_ROWS = 8192
+# Rows of the head that are in fp32 at a time: few enough that their memory is used again at once.
+_HEAD_ROWS = 2048
 
 
 def final_hidden_states(

@@ -120,6 +120,14 @@ class Reference:
             Requirement("module", "transformers", remedy="pip install transformers"),
         )
 
+    def preload(self) -> None:
+        """Imports torch and transformers' Phi-3."""
+        import tokenizers  # noqa: F401
+
+        from phiconv.runtimes.reference import modeling_module
+
+        modeling_module()
+
     def estimate(
         self, params: TokenSetParams, config: ModelConfig, inputs: Sequence[InputRef]
     ) -> Estimate:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError
 from phiconv.stages.generation import PROMPT_TOKENS, generation_metrics
-from phiconv.stages.reference import TokenSetParams, check_tokens
+from phiconv.stages.reference import Reference, TokenSetParams, check_tokens
 from phiconv.stages.stage import (
     GGUF,
     JSON,
@@ -200,6 +200,10 @@ class Validate:
             remedy = INSTALL[params.provider]
             needed.append(Requirement("module", "onnxruntime_genai", remedy=remedy))
         return tuple(needed)
+
+    def preload(self) -> None:
+        """Imports what the reference, which comes before it, needs."""
+        Reference().preload()
 
     def prerequisites(self, params: ValidateParams) -> tuple[Prerequisite, ...]:
         """The reference on the same tokens, and that of the length probes."""
