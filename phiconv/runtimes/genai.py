@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from phiconv.runtimes import ArtifactFolder
 
+# How GenAI's error begins where CUDA cannot be used.
+_NO_CUDA = "Cuda interface not available"
 # GenAI's name of a provider, and of the function that says whether it was built for it.
 _GENAI_PROVIDERS = {
     machine.CUDA: ("cuda", "is_cuda_available"),
@@ -146,6 +148,12 @@ class GenAIModel:
             config.overlay(json.dumps(overlay))
             return self._og.Model(config)
         except RuntimeError as error:
+            if _NO_CUDA in str(error):
+                raise EnvironmentLacksError(
+                    f"{self._provider} is installed but GenAI did not start it: {error}",
+                    where=self._where,
+                    remedy="check the driver (phiconv doctor)",
+                ) from error
             raise self._failure(error) from error
 
     def _generator(self, max_length: int) -> Any:

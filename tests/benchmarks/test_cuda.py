@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.cuda import Evidence, Part, markdown, run
+from benchmarks.cuda import Evidence, Part, gpu_test_files, markdown, run
 from phiconv.machine import CPU, CUDA
 from phiconv.report.results import RunResult
 from tests.report.results import measured, result, validation
@@ -73,6 +73,13 @@ def test_what_failed_is_shown_and_is_the_exit_code() -> None:
     assert "not run" in text
     assert "none was built" in text
     assert text.endswith("## Failed: build int4-cuda\n\n```text\nerror: no GPU\n```\n")
+
+
+def test_only_files_with_tests_for_a_gpu_are_collected() -> None:
+    files = gpu_test_files()
+    assert "tests/test_cuda_builds.py" in files
+    assert "tests/runtimes/test_onnxruntime.py" in files
+    assert "tests/test_compare.py" not in files
 
 
 def test_a_part_keeps_exit_code_and_output() -> None:

@@ -111,6 +111,23 @@ def test_a_build_without_the_provider_is_the_environments_fault(
     assert caught.value.exit_code == 5
 
 
+def test_a_missing_driver_is_the_environments_fault(
+    cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What onnxruntime-genai-cuda 0.18.0 says without one."""
+    message = (
+        "Cuda interface not available: CUDA error in Create at /ort_genai_src/src/ep/cuda/"
+        "cuda_common.h:80 - CUDA driver version is insufficient for CUDA runtime version"
+    )
+
+    def model(config: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("onnxruntime_genai.Model", model)
+    with pytest.raises(EnvironmentLacksError, match="driver version is insufficient"):
+        open_model(cpu_artifact)
+
+
 def test_what_cannot_be_loaded_is_a_stage_error(cpu_artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"no genai_config\.json"):
         open_model(tmp_path)
