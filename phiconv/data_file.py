@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,7 +107,9 @@ class DataFile:
         self._memory = SegmentMemory(_DRAINED_BYTES + threads * _FILLED_BYTES + waiting)
         self._threads = threads
         self._sha256 = hashlib.sha256()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)  # what jobs wait for
+        self._full = threading.Condition(self._lock)  # what drains wait for: the next segment
         self._next = 0  # the first segment that no drain has taken
         self._hashing = False
         self._error: BaseException | None = None
@@ -175,14 +178,14 @@ class DataFile:
         Raises:
             OSError: Writing failed.
         """
-        filling = self._admit(regions)
+        filling = Filling(regions)
+        self._admit(filling)
         yield filling
         filling.settle()
-        with self._changed:
-            for region in regions:
-                for index, count in region.by_segment():
-                    self._missing[index] -= count
-            self._changed.notify_all()
+        with self._lock:
+            for index, count in filling.shares():
+                self._missing[index] -= count
+            self._call_drain()
 
     def write(self, offset: int, data: npt.NDArray[Any]) -> None:
         """Fills the bytes at an offset with those of a C-contiguous array; any thread."""
@@ -204,20 +207,19 @@ class DataFile:
         self._file.finish()
         return self._sha256.hexdigest()
 
-    def _admit(self, regions: Iterable[Region]) -> Filling:
+    def _admit(self, filling: Filling) -> None:
         """Opens the segments of a job, once there is memory for them."""
-        regions = tuple(regions)
-        wanted = sorted({index for region in regions for index, _ in region.by_segment()})
-        with self._changed:
+        wanted = sorted({index for index, _ in filling.shares()})
+        with self._lock:
             while True:
                 self._raise_error()
                 closed = [index for index in wanted if index not in self._memory]
                 if self._next in wanted or self._memory.fits(len(closed)):
                     break
-                self._changed.wait()
+                self._room.wait()
             for index in closed:
                 self._open(index)
-            return Filling(self._memory, regions)
+            filling.lend(self._memory)
 
     def _open(self, index: int) -> None:
         memory = self._memory.open(index)
@@ -231,35 +233,46 @@ class DataFile:
                 index, segment = taken
                 start = index * SEGMENT_BYTES
                 self._sha256.update(segment[: self.size - start].data)
-                with self._changed:
+                with self._lock:
                     self._hashing = False
-                    self._changed.notify_all()
+                    self._call_drain()
                 self._file.write(start, segment[: _padded(self.size - start)].data)
-                with self._changed:
+                with self._lock:
                     self._memory.close(index)
-                    self._changed.notify_all()
+                    self._room.notify_all()
         except BaseException as error:
             self._fail(error)
 
     def _take(self) -> tuple[int, Bytes] | None:
         """The next segment, once it is full and its turn to be hashed; None when all is done."""
-        with self._changed:
+        with self._lock:
             while self._error is None and self._next < self._segments:
-                if not (self._hashing or self._missing[self._next]):
-                    index = self._next
-                    self._next += 1
-                    self._hashing = True
-                    if index not in self._memory:  # nothing but zeros
-                        self._open(index)
-                    self._changed.notify_all()  # the next is needed now
-                    return index, self._memory.together(index, index)
-                self._changed.wait()
+                if not self._is_next_ready():
+                    self._full.wait()
+                    continue
+                index = self._next
+                self._next += 1
+                self._hashing = True
+                if index not in self._memory:  # nothing but zeros
+                    self._open(index)
+                self._room.notify_all()  # jobs that fill the segment which is the next now
+                return index, self._memory.together(index, index)
+            self._full.notify_all()
             return None
 
+    def _is_next_ready(self) -> bool:
+        done = self._next == self._segments
+        return not (self._hashing or done or self._missing[self._next])
+
+    def _call_drain(self) -> None:
+        if self._is_next_ready():
+            self._full.notify()
+
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._error = self._error or error
-            self._changed.notify_all()
+            self._full.notify_all()
+            self._room.notify_all()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -273,9 +286,19 @@ def _padded(length: int) -> int:
 class Filling:
     """The memory that a job fills."""
 
-    def __init__(self, memory: SegmentMemory, regions: Iterable[Region]):
-        self._runs = {region: list(_runs(memory, region)) for region in regions}
+    def __init__(self, regions: Iterable[Region]):
+        self._shares = {region: list(region.by_segment()) for region in regions}
+        self._runs: dict[Region, list[tuple[int, Bytes]]] = {}
         self._apart: list[tuple[Region, int, Bytes]] = []
+
+    def shares(self) -> Iterator[tuple[int, int]]:
+        """The segments that hold bytes of each region, and how many."""
+        return chain.from_iterable(self._shares.values())
+
+    def lend(self, memory: SegmentMemory) -> None:
+        """Looks up where the regions lie, once their segments are open."""
+        for region, shares in self._shares.items():
+            self._runs[region] = list(_runs(memory, [index for index, _ in shares]))
 
     def array(
         self, region: Region, shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -320,15 +343,12 @@ class Filling:
                     memory[first - start : last - start] = apart[0, first - begin : last - begin]
 
 
-def _runs(memory: SegmentMemory, region: Region) -> Iterator[tuple[int, Bytes]]:
-    """Offset in the file and memory of the segments of a region, joined where they lie together."""
-    indices = [index for index, _ in region.by_segment()]
-    position = 0
-    while position < len(indices):
-        first = indices[position]
-        joined = memory.together(first, indices[-1])
-        yield first * SEGMENT_BYTES, joined
-        while position < len(indices) and indices[position] * SEGMENT_BYTES < (
-            first * SEGMENT_BYTES + len(joined)
-        ):
-            position += 1
+def _runs(memory: SegmentMemory, indices: Sequence[int]) -> Iterator[tuple[int, Bytes]]:
+    """Offset in the file and memory of open segments, joined where they lie together."""
+    end = 0
+    for index in indices:
+        start = index * SEGMENT_BYTES
+        if start >= end:
+            joined = memory.together(index, indices[-1])
+            end = start + len(joined)
+            yield start, joined
