@@ -131,18 +131,20 @@ def _fit_codes(state: Array) -> None:
 
 @routine
 def _keep_better(state: Array) -> None:
-    """Takes the candidate over where it has an error and it is smaller than the best so far."""
+    """Takes the candidate over where it has an error and it is smaller than the best so far.
+
+    Stores under a condition: of a choice between two rows of the state LLVM makes a gather.
+    """
     for k in range(LANES):
-        low, error, scale = state[LOW + k], state[ERROR + k], state[SCALE + k]
-        kept_inverse, kept_low = state[KEPT_INVERSE + k], state[KEPT_LOW + k]
-        inverse, fit_error = state[_INVERSE + k], state[_FIT_ERROR + k]
+        low, error, inverse = state[LOW + k], state[ERROR + k], state[_INVERSE + k]
         fit_scale, fit_low = state[_FIT_SCALE + k], state[_FIT_LOW + k]
-        better = (state[_DETERMINANT + k] > _ZERO) & (fit_error < error)
-        state[KEPT_INVERSE + k] = inverse if better else kept_inverse
-        state[KEPT_LOW + k] = low if better else kept_low
-        state[ERROR + k] = fit_error if better else error
-        state[SCALE + k] = fit_scale if better else scale
-        state[LOW + k] = fit_low if better else low
+        fit_error = state[_FIT_ERROR + k]
+        if (state[_DETERMINANT + k] > _ZERO) & (fit_error < error):
+            state[KEPT_INVERSE + k] = inverse
+            state[KEPT_LOW + k] = low
+            state[ERROR + k] = fit_error
+            state[SCALE + k] = fit_scale
+            state[LOW + k] = fit_low
 
 
 def _sum_with(round_code: Routine) -> Routine:

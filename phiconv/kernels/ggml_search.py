@@ -143,16 +143,17 @@ def _extremes(x: Array, state: Array) -> None:
 
 @routine
 def _keep_larger(state: Array, always: bool) -> None:
-    """Takes the candidate over where it takes more off the error; `ERROR` is what that takes."""
+    """Takes the candidate over where it takes more off the error; `ERROR` is what that takes.
+
+    Stores under a condition: of a choice between two rows of the state LLVM makes a gather.
+    """
     for k in range(LANES):
         sum_xl, sum_l2, inverse = state[_SUM_XL + k], state[_SUM_L2 + k], state[_INVERSE + k]
-        best, kept_scale = state[ERROR + k], state[SCALE + k]
-        kept_inverse = state[KEPT_INVERSE + k]
         scale = sum_xl / sum_l2 if sum_l2 != _ZERO else _ZERO
-        better = (sum_l2 > _ZERO) & (sum_xl * sum_xl > best * sum_l2) | always
-        state[ERROR + k] = scale * sum_xl if better else best
-        state[SCALE + k] = scale if better else kept_scale
-        state[KEPT_INVERSE + k] = inverse if better else kept_inverse
+        if (sum_l2 > _ZERO) & (sum_xl * sum_xl > state[ERROR + k] * sum_l2) | always:
+            state[ERROR + k] = scale * sum_xl
+            state[SCALE + k] = scale
+            state[KEPT_INVERSE + k] = inverse
 
 
 @routine

@@ -103,8 +103,9 @@ def repeat_importance(importance: Array, start: int, group: int, values: Array) 
     groups_per_row = importance.shape[0] // group
     for s in range(values.shape[0] // group):
         column = (start + s) % groups_per_row * group
+        source, target = importance[column : column + group], values[s * group :]
         for i in range(group):
-            values[s * group + i] = importance[column + i]
+            target[i] = source[i]
 
 
 @routine
