@@ -1,9 +1,8 @@
 """Products with a layer's weights in fp32, by the faster of the two libraries PyTorch has.
 
-For dense fp32 matrices on x86 PyTorch calls MKL, whose kernels for processors other than Intel's
-use half their vectors' width: 100 GFLOP/s on a core of an AMD EPYC (Zen 5) where oneDNN, which is
-also in PyTorch, reaches 210. Both are fp32 throughout; they sum in another order. Neither result
-depends on the number of threads.
+For dense fp32 matrices on x86 PyTorch calls MKL, which reaches 100 GFLOP/s on a core of an AMD EPYC
+(Zen 5) where oneDNN, which is also in PyTorch, reaches 210. Both are fp32 throughout; they sum in
+another order. Neither result depends on the number of threads.
 """
 
 from __future__ import annotations
