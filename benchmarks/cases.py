@@ -30,6 +30,7 @@ LLAMA_CPP = "llama.cpp"
 AUTOAWQ = "AutoAWQ"
 COPY = "cp of input and output"
 READ_WRITE = "read input, write output"
+READ_WRITE_DIRECT = "read input, write output, O_DIRECT"
 SINGLES = "five single builds"
 PASSES = "two bare forward passes"
 MULTIPLICATIONS = "one pass at GEMM rate"
@@ -75,6 +76,7 @@ CASES: Mapping[str, Case] = {
         {
             OURS: phiconv("int4-cpu"),
             READ_WRITE: read_and_write(),
+            READ_WRITE_DIRECT: read_and_write(direct=True),
             COPY: copy(),
             BUILDER: builder("int4", "cpu"),
             OLIVE: olive("int4"),
@@ -97,6 +99,7 @@ CASES: Mapping[str, Case] = {
         {
             OURS: phiconv("fp16-cuda"),
             READ_WRITE: read_and_write(),
+            READ_WRITE_DIRECT: read_and_write(direct=True),
             COPY: copy(),
             BUILDER: builder("fp16", "cuda"),
         },

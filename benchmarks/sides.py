@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.awq import measure as measure_awq
+from benchmarks.bare import BUFFER_BYTES
 from benchmarks.measure import Usage, run, total
 from phiconv.gguf.file_types import FILE_TYPES, FileTypeName
 
@@ -241,22 +243,28 @@ def copy() -> Side:
     """`cp` of what phiconv reads and of what it made."""
 
     def cp(place: Place) -> Done:
-        sources = [*weights_of(place.checkpoint), _largest(place.made["phiconv"])]
+        sources = [*weights_of(place.checkpoint), _made_by_phiconv(place)]
         target = _folder(place.work / "copy")
         return Done(run(["cp", *map(str, sources), str(target)], log=place.log))
 
     return Side(cp, lambda peers: None if shutil.which("cp") else "no cp")
 
 
-def read_and_write() -> Side:
-    """Reading the weights and writing the bytes of the artifact, which is neither flushed."""
+def read_and_write(*, direct: bool = False) -> Side:
+    """Reading the weights and writing the bytes of the artifact, which is neither flushed.
+
+    Args:
+        direct: Write past the page cache: then the bytes are on the disk.
+    """
 
     def pass_through(place: Place) -> Done:
         command = [sys.executable, "-m", "benchmarks.bare", "read-write"]
-        paths = [*weights_of(place.checkpoint), _largest(place.made["phiconv"])]
+        command += ["--direct"] if direct else []
+        paths = [*weights_of(place.checkpoint), _made_by_phiconv(place)]
         return Done(run([*command, *map(str, paths), str(place.work / "written")], log=place.log))
 
-    return Side(pass_through)
+    missing = "no O_DIRECT" if direct and not hasattr(os, "O_DIRECT") else None
+    return Side(pass_through, lambda peers: missing)
 
 
 def bare_passes() -> Side:
@@ -322,6 +330,21 @@ def _artifact_in(folder: Path) -> Path:
 def weights_of(checkpoint: Path) -> list[Path]:
     """The files that hold a checkpoint's weights."""
     return sorted(checkpoint.glob("*.safetensors"))
+
+
+def read_through(path: Path) -> None:
+    """Brings a file into the page cache, as far as it fits."""
+    buffer = bytearray(BUFFER_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _made_by_phiconv(place: Place) -> Path:
+    """The file to copy, in the page cache: what phiconv writes goes past it."""
+    path = _largest(place.made["phiconv"])
+    read_through(path)
+    return path
 
 
 def _largest(artifact: Path) -> Path:
