@@ -5,10 +5,13 @@ ONNX Runtime goes on without a provider that it cannot start: here that is an er
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import io
 import re
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from typing import Any
 
 from phiconv import machine
@@ -120,7 +123,23 @@ def _preload(ort: Any) -> str:
     heard = io.StringIO()
     with redirect_stdout(heard):
         ort.preload_dlls()
-    return ", ".join(dict.fromkeys(_NOT_LOADED.findall(heard.getvalue())))
+    missing = dict.fromkeys(_NOT_LOADED.findall(heard.getvalue()))
+    return ", ".join(name for name in missing if not _load_from_nvidia(name))
+
+
+def _load_from_nvidia(name: str) -> bool:
+    """Loads a library from NVIDIA's packages wherever they are installed.
+
+    ONNX Runtime looks for them beside itself alone, but they may lie elsewhere, as in a virtual
+    environment on top of a system's PyTorch.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec is not None else None
+    for file in (file for folder in folders or () for file in Path(folder).rglob(name)):
+        with suppress(OSError):
+            ctypes.CDLL(str(file))
+            return True
+    return False
 
 
 def _not_started(ort: Any, provider: str, reason: str, where: str) -> EnvironmentLacksError:

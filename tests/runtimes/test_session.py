@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,24 @@ def test_libraries_that_are_missing_are_named_and_nothing_is_printed(
         "did not start: not found: libcublasLt.so.13, libcublas.so.13, libcurand.so.10"
     )
     assert capsys.readouterr().out == ""
+
+
+def test_libraries_of_nvidias_packages_are_found_wherever_these_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the order in which ONNX Runtime wants them: each needs those before."""
+    names = ("libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10")
+    for name in names[:2]:
+        file = tmp_path / "nvidia" / "cu13" / "lib" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    loaded = []
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(session.ctypes, "CDLL", loaded.append)
+    error = not_started(Ort(NOT_FOUND), monkeypatch)
+    assert error.message.endswith("did not start: not found: libcurand.so.10")
+    assert [Path(file).name for file in loaded] == ["libcublasLt.so.13", "libcublas.so.13"]
+    assert all(str(tmp_path) in file for file in loaded)
 
 
 @pytest.mark.parametrize(
