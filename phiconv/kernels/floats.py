@@ -235,6 +235,14 @@ def cast_rows(weight: Array, out: Array) -> Scan:
     return _scan(_cast(source.reshape(-1), source_format, target.reshape(-1), target_format))
 
 
+def load_cast() -> None:
+    """Loads the machine code of a cast to float32 ahead of its first call, or compiles it.
+
+    With the first kernel of a process come the parts of numba that run any of them.
+    """
+    cast_rows(np.zeros(1, np.uint16), np.empty(1, np.float32))
+
+
 def cast_transposed(weight: Array, k0: int, k1: int, out: Array) -> Scan:
     """Casts columns `[k0, k1)` of a matrix into the rows of `out`, as `cast_rows` casts.
 

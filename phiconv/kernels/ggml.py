@@ -138,16 +138,6 @@ def quantize_rows(
     return bool(_PLAIN[type_name](source, source_format, out=blocks))
 
 
-def load(type_name: str) -> None:
-    """Loads a quantizer's machine code ahead of its first call, or compiles it.
-
-    With the first kernel of a process come the parts of numba that run any of them.
-    """
-    k = TYPES[type_name].block_size
-    out = np.empty((1, row_nbytes(type_name, k)), np.uint8)
-    quantize_rows(np.zeros((1, k), np.uint16), type_name, out)
-
-
 def dequantize_rows(blocks: Array, type_name: str, k: int) -> npt.NDArray[np.float32]:
     """What ggml's `to_float` makes of quantized rows.
 

@@ -209,9 +209,9 @@ class ConvertGguf:
 
         import phiconv.gguf.key_values
         import phiconv.gguf.writer  # noqa: F401
-        from phiconv.kernels import ggml
+        from phiconv.kernels.floats import load_cast
 
-        ggml.load("F32")  # norms are in every file
+        load_cast()  # norms are in every file
 
     def estimate(
         self, params: ConvertGgufParams, config: ModelConfig, inputs: Sequence[InputRef]

@@ -68,6 +68,9 @@ class ExportOnnx:
         import phiconv.onnx.export
         import phiconv.onnx.quantize
         import phiconv.onnx.writer  # noqa: F401
+        from phiconv.kernels.floats import load_cast
+
+        load_cast()
 
     def run(self, params: ExportOnnxParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.onnx.export import build_graph
