@@ -182,8 +182,9 @@ def _logarithmic_ticks(axis: Axis, least: float, greatest: float) -> None:
 
 
 def _tick(value: float, _position: int | None) -> str:
+    """From 0.01 to 500 as a plain number, else such as 2e-5."""
     mantissa, exponent = f"{value:.0e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return f"{value:g}" if -2 <= int(exponent) <= 2 else f"{mantissa}e{int(exponent)}"
 
 
 def _svg(draw: Callable[[Axes], None], label: str) -> str:

@@ -160,7 +160,7 @@ def test_the_plot_of_layers_takes_the_pages_colours_and_keeps_its_text() -> None
     assert not re.search(r"#[0-9a-fA-F]{6}\b", svg), "a fixed colour is wrong in the dark"
     for text in ("var(--accent)", "var(--second)", "relative error</text>", ">emb.</text>"):
         assert text in svg, text
-    for text in ("in all</text>", "own</text>", ">2</text>"):
+    for text in ("in all</text>", "own</text>", ">2</text>", ">0.02</text>"):
         assert text in svg, text
 
 
@@ -168,6 +168,13 @@ def test_the_plot_of_layers_takes_the_pages_colours_and_keeps_its_text() -> None
 def test_the_plot_of_layers_with_unusual_errors(error: float | None) -> None:
     layers = [LayerErrorRecord(-1, 0.0, 0.0), LayerErrorRecord(0, error, None)]
     assert layer_errors_svg(layers, "check").endswith("</svg>")
+
+
+def test_ticks_are_plain_numbers_where_these_are_short() -> None:
+    found = kl_histogram(np.array([np.geomspace(1e-6, 50, 400)]))
+    svg = kl_distribution_svg(found, "check", mean=1.0)
+    labels = set(re.findall(r">([\d.e-]+)</text>", svg))
+    assert {"1e-6", "1e-4", "0.01", "1", "100"} <= labels
 
 
 def test_plots_without_values() -> None:
@@ -204,7 +211,7 @@ def test_what_lies_at_one_point_shares_a_label() -> None:
     one = result(validation("check", measured()))
     text = index_html({f"{name}/report.html": one for name in "abc"})
     assert ">1, 2, 3</text>" in text
-    ticks = set(re.findall(r">(\de-\d)</text>", text))
+    ticks = set(re.findall(r">(\de-\d|0\.\d+)</text>", text))
     assert len(ticks) >= 2, "a narrow range still has ticks that differ"
 
 
