@@ -32,12 +32,15 @@ def values(seed: int, noise: float = 0.05, windows: int = SHAPE[0]) -> PositionV
 
 def metrics(found: PositionValues) -> dict[str, float]:
     """The metrics by the functions that measure them."""
-    flat = PositionStatistics.empty(found.kl_divergence.size)
+    nothing = np.zeros(found.kl_divergence.size)
     return summarise(
-        replace(
-            flat,
+        PositionStatistics(
             kl_divergence=found.kl_divergence.ravel(),
             top1_equal=found.top1_equal.ravel(),
+            top5_shared=nothing.astype(np.int8),
+            max_logit_error=nothing,
+            mean_squared_logit_error=nothing,
+            cosine=nothing,
             reference_log_probability=found.reference_log_probability.ravel(),
             candidate_log_probability=found.candidate_log_probability.ravel(),
         )
