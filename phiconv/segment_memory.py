@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,7 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 SEGMENT_BYTES = 2 << 20
-"""What is hashed and written at once: long enough for the disk, and a huge page on most systems."""
+"""What is hashed and written at once: long enough for the disk."""
 
 
 class SegmentMemory:
@@ -27,7 +26,7 @@ class SegmentMemory:
 
     def __init__(self, limit: int):
         slots = max(1, limit // SEGMENT_BYTES)
-        self._arena = _aligned(slots * SEGMENT_BYTES)
+        self._arena = _pages(slots * SEGMENT_BYTES)
         self._free = set(range(slots))
         self._slots: dict[int, int] = {}
         self._beyond: dict[int, Bytes] = {}
@@ -42,7 +41,7 @@ class SegmentMemory:
     def open(self, index: int) -> Bytes:
         """Memory for a segment that is not open; what it holds is not defined."""
         if not self._free:
-            self._beyond[index] = _aligned(SEGMENT_BYTES)
+            self._beyond[index] = _pages(SEGMENT_BYTES)
         else:
             beside = self._slots.get(index - 1, -2) + 1
             # The lowest else: what was never used takes no memory.
@@ -66,12 +65,6 @@ class SegmentMemory:
             self._free.add(self._slots.pop(index))
 
 
-def _aligned(size: int) -> Bytes:
-    """Anonymous memory that begins at a multiple of `SEGMENT_BYTES`."""
-    memory = mmap.mmap(-1, size + SEGMENT_BYTES)
-    array: npt.NDArray[Any] = np.frombuffer(memory, np.uint8)
-    start = -array.ctypes.data % SEGMENT_BYTES
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Transposing touches a page for every few hundred bytes.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return array[start : start + size]
+def _pages(size: int) -> Bytes:
+    """Anonymous memory that begins where a page does."""
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
