@@ -228,7 +228,8 @@ class TestWithoutTheTargetProvider:
         assert list(checks) == [
             "placement", "kernels", "graph", "tokenizer", "chat template", "genai_config"
         ]  # fmt: skip
-        assert checks["kernels"].summary == "static CUDAExecutionProvider kernel check, nothing amiss"
+        expected = "static CUDAExecutionProvider kernel check, nothing amiss"
+        assert checks["kernels"].summary == expected
         assert checks["placement"].summary.endswith("nodes on CPUExecutionProvider")
         assert {check.state for check in checks.values()} <= {"clean", "warnings"}
 
