@@ -9,8 +9,9 @@ r"""Measures phiconv beside the tools its users would pick instead, in one run o
 All sides run by turns on one checkpoint, each as a process of its own; wall time, CPU time, peak
 memory and bytes read and written are the operating system's. The checkpoint, and an artifact for
 sides that copy it, are read once before every run, so that nobody pays for what another's
-memory drove out of the page cache, or never was in it. phiconv starts cold: an empty workspace for
-every run, after one run that is not counted and leaves the compiled kernels behind.
+memory drove out of the page cache, or never was in it; and what another left there to be written is
+written first. phiconv starts cold: an empty workspace for every run, after one run that is not
+counted and leaves the compiled kernels behind.
 A peer that is not there is listed as not measured. results.json keeps what earlier calls measured,
 and the tables and plots beside it show all of it.
 """
@@ -101,7 +102,8 @@ def _give_up(
 
 
 def _run(name: str, side: Side, place: Place) -> Done:
-    """Runs a side, the checkpoint in the page cache as far as it fits, whoever ran before."""
+    """Runs a side as if nobody ran before: inputs in the page cache, nothing left to be written."""
+    os.sync()
     for path in weights_of(place.checkpoint):
         read_through(path)
     done = side.run(place)
