@@ -29,9 +29,9 @@ def hashed(paths, cache) -> int:
     read: list[Path] = []
     original = digests.digest_file
 
-    def spy(path, on_bytes=None):
+    def spy(path, on_bytes=None, threads=1):
         read.append(path)
-        return original(path, on_bytes)
+        return original(path, on_bytes, threads)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digests, "digest_file", spy)
@@ -51,6 +51,31 @@ def test_digests_are_blake3(tmp_path, size):
     result = digest_file(path, seen.append)
     assert result.digest == f"blake3:{blake3(path.read_bytes()).hexdigest()}"
     assert sum(seen) == size
+
+
+@pytest.fixture(params=["windows", "read"])
+def small_windows(request, monkeypatch):
+    """A file is several windows; or its first is refused, as by an older Linux, and it is read."""
+    monkeypatch.setattr(digests, "WINDOW_BYTES", 1 << 16)
+    if request.param == "read":
+        monkeypatch.setattr(digests, "_POPULATE_READ", 12345)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, 3 << 16, (3 << 16) + 1, 1 << 21])
+def test_digests_of_windows_are_those_of_the_whole(tmp_path, size):
+    path = write(tmp_path / "x", os.urandom(size))
+    seen: list[int] = []
+    result = digest_file(path, seen.append, threads=2)
+    assert result.digest == f"blake3:{blake3(path.read_bytes()).hexdigest()}"
+    assert sum(seen) == size
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_file_cut_off_while_it_is_hashed_is_refused(tmp_path):
+    path = write(tmp_path / "x", bytes(3 << 20))
+    with pytest.raises(CheckpointError, match="changed while it was hashed"):
+        digest_file(path, lambda _: os.truncate(path, 100))
 
 
 @pytest.mark.parametrize("threads", [None, 1, 3])
