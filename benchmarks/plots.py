@@ -47,13 +47,19 @@ def draw_figures(file: Path, results: Mapping[str, Any], figure: str, label: str
         bars = axes.barh([name for name, _, _ in rows], [value for _, _, value in rows], 0.7)
         for bar, colour in zip(bars, colours, strict=True):
             bar.set_color(colour)
-        axes.bar_label(bars, [f"{value:.3g}" for _, _, value in rows], padding=3)
+        axes.bar_label(bars, [_plain(value) for _, _, value in rows], padding=3)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: _plain(value))
         axes.set_xlim(left=10 ** math.floor(math.log10(min(value for _, _, value in rows))))
         axes.invert_yaxis()
         axes.set_xlabel(label)
 
     save_figure(file, draw, 0.25 * len(rows) + 0.8)
+
+
+def _plain(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def draw_scaling(file: Path, entry: Mapping[str, Any]) -> None:
