@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from phiconv.checkpoint.safetensors_writer import SafetensorsWriter
 from phiconv.checkpoint.weights import INDEX_FILE, SINGLE_FILE
 from phiconv.errors import StageError
 from phiconv.kernels import floats, int32_packing, matmulnbits
-from phiconv.write_threads import ThreadBuffers, run_all
+from phiconv.write_threads import CHUNK_BYTES, ThreadBuffers, evenly, run_all
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,7 +42,6 @@ BITS = 4
 """AutoAWQ's layout gemm has no other."""
 OUTPUTS_PER_ITEM = 32 // BITS
 
-_CHUNK_BYTES = 2 << 20
 _PREFIX = "model.layers."
 
 
@@ -207,7 +206,7 @@ def _write_quantized(work: _Work, name: str, writer: SafetensorsWriter) -> None:
         _fill_rows(work, name, start, codes[start:stop], scales[start:stop], zeros)
         work.progress.advance((stop - start) * work.source.tensors[name].row_nbytes, name)
 
-    run_all((partial(fill, *rows) for rows in _chunks(n, 4 * k)), work.threads)
+    run_all((partial(fill, *rows) for rows in evenly(n, 4 * n * k, CHUNK_BYTES)), work.threads)
     module = name.removesuffix(".weight")
     writer.write(f"{module}.qweight", int32_packing.pack_awq(codes.reshape(n, -1)))
     writer.write(f"{module}.scales", scales.T)
@@ -255,8 +254,7 @@ def _fill_rows(
 def _write_float(work: _Work, name: str, writer: SafetensorsWriter) -> None:
     """A tensor in float16, a few megabytes at a time."""
     info = work.source.tensors[name]
-    width = int(np.prod(info.shape[1:]))
-    for start, stop in _chunks(info.shape[0], 4 * width):
+    for start, stop in evenly(info.shape[0], 4 * int(np.prod(info.shape)), CHUNK_BYTES):
         rows = work.source.read_rows(name, start, stop)
         out = np.empty(rows.shape, np.float16)
         scan = floats.cast_rows(rows, out)
@@ -264,12 +262,6 @@ def _write_float(work: _Work, name: str, writer: SafetensorsWriter) -> None:
             work.note(name, scan)
         writer.write_rows(name, start, out)
         work.progress.advance((stop - start) * info.row_nbytes, name)
-
-
-def _chunks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK_BYTES // row_bytes)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def _config(source: OverlaidCheckpoint, group_size: int) -> dict[str, Any]:
