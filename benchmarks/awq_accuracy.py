@@ -28,7 +28,8 @@ from phiconv.awq.groups import GROUPS
 from phiconv.awq.layer import LayerResult, Settings, search_layer
 from phiconv.awq.statistics import InputStatistics, StatisticsCollector, sampled_tokens
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import GroupRecord, OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import GroupRecord, Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.kernels.matmulnbits import dequantize_rows, layout, quantize_rows
 from phiconv.runtimes.activations import watch_layers

@@ -6,8 +6,6 @@ because a key is made of the keys of a step's inputs.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import BaseModel
 
 from phiconv import machine
+from phiconv.cache_key import digest, is_present, key_material
 from phiconv.errors import PhiconvError, Problems, RecipeError
 from phiconv.recipe.graph import in_order, optional_kinds, writer_between
 from phiconv.recipe.model import Recipe, StageUse
@@ -39,8 +38,6 @@ from phiconv.workspace import Workspace
 
 if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
-
-KEY_SCHEMA = 1
 
 State: TypeAlias = Literal["hit", "build", "unneeded"]
 
@@ -328,47 +325,6 @@ class _Planner:
             estimate=estimate,
             missing=missing,
         )
-
-
-def key_material(
-    stage: Stage, params: BaseModel, inputs: Iterable[InputRef], checkpoint_digest: str
-) -> dict[str, JSON]:
-    """What a step's cache key is the digest of: all that can shape its output, and no more.
-
-    Requirements that a stage can do without belong to it, because whether they are there decides
-    what the stage does.
-    """
-    material: dict[str, JSON] = {
-        "key_schema": KEY_SCHEMA,
-        "stage": stage.name,
-        "version": stage.version,
-        "params": stage.key_params(params),
-        "inputs": [item.key for item in inputs],
-        "tools": {name: machine.version(name) for name in stage.tools()},
-    }
-    if not stage.accepts:
-        material["checkpoint"] = checkpoint_digest
-    optional = {item.name: is_present(item) for item in stage.requires(params) if item.optional}
-    if optional:
-        material["present"] = optional
-    return material
-
-
-def digest(material: Mapping[str, JSON]) -> str:
-    """sha256 (hexadecimal) of canonical JSON: sorted keys, no spaces, UTF-8, finite numbers."""
-    text = json.dumps(
-        material, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def is_present(requirement: Requirement) -> bool:
-    """Whether this machine has what a stage requires."""
-    if requirement.kind == "provider":
-        return requirement.name in machine.providers()
-    if requirement.kind == "binding":
-        return machine.llama_cpp_binding() is not None
-    return machine.has_module(requirement.name)
 
 
 def _with_states(plan: Plan, workspace: Workspace) -> Plan:

@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phiconv.assessment import Shipped, assess, measurement_folders
 from phiconv.batch import DIST, Outcome
+from phiconv.cache_key import digest
 from phiconv.errors import PhiconvError, Problems, StageError
 from phiconv.inspect import tensor_kinds
-from phiconv.plan import digest, make_plan
+from phiconv.plan import make_plan
 from phiconv.preflight import preflight
 from phiconv.progress import Display
 from phiconv.recipe.model import ModelSource, Recipe, RecipeText, StageEntry, StageUse
 from phiconv.report.results import FileRecord, RunResult
 from phiconv.resources import Meter
-from phiconv.run import Built, Runner, Shipped, assess, measurement_folders, open_checkpoint
+from phiconv.run import Built, Runner, open_checkpoint
 from phiconv.stages.stage import GGUF, ONNX, InputRef
 from phiconv.stages.validate import Validate, ValidateParams
 from phiconv.workspace import Session, Workspace

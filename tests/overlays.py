@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.checkpoint.rounded import RoundedWriter
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.kernels import matmulnbits

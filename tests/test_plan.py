@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from phiconv import machine
+from phiconv.cache_key import digest
 from phiconv.errors import EnvironmentLacksError, PhiconvError, Problems, StageError
-from phiconv.plan import Plan, as_json, digest
+from phiconv.plan import Plan, as_json
 from phiconv.preflight import lacking, preflight
 from phiconv.stages.stage import Estimate
 from phiconv.summary import plan_text

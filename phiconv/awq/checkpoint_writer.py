@@ -34,7 +34,7 @@ from phiconv.write_threads import CHUNK_BYTES, ThreadBuffers, evenly, run_all
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from phiconv.checkpoint.overlay import OverlaidCheckpoint
+    from phiconv.checkpoint.overlaid import OverlaidCheckpoint
     from phiconv.checkpoint.safetensors_file import StoredDtype
     from phiconv.stages.stage import Progress
 

@@ -1,7 +1,8 @@
 """What a build found out, as plain frozen data: the input of every report and of `compare`.
 
-`run.py` fills a `RunResult`; the modules beside this one turn it into report.json, report.md,
-junit.xml and report.html. Nothing here computes, reads a file or imports another part of phiconv.
+`assessment.py` fills a `RunResult`; the modules beside this one turn it into report.json,
+report.md, junit.xml and report.html. Nothing here computes, reads a file or imports another part
+of phiconv.
 
 Units are in the names: `_s` seconds, `_bytes` bytes; KL divergences are in nats. Digests carry
 their algorithm (`sha256:…`, `blake3:…`). A float that is not finite is stored as None, so that the

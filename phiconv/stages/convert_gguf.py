@@ -331,7 +331,7 @@ def _fitting(
     """
     import numpy as np
 
-    from phiconv.checkpoint.overlay import OverlaidCheckpoint
+    from phiconv.checkpoint.overlaid import OverlaidCheckpoint
 
     means = matrix.means()
     columns = {weight.name: weight.shape[1] for weight in plan.weights}
@@ -358,7 +358,7 @@ def _fitting(
 
 def _unused_of_overlay(source: WeightSource) -> tuple[str, ...]:
     """What an overlay holds for MatMulNBits alone."""
-    from phiconv.checkpoint.overlay import OverlaidCheckpoint
+    from phiconv.checkpoint.overlaid import OverlaidCheckpoint
 
     if not isinstance(source, OverlaidCheckpoint) or not source.overlay.needs_grid:
         return ()

@@ -126,7 +126,8 @@ class ExportAwq:
 
     def run(self, params: ExportAwqParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.awq.checkpoint_writer import write_awq_checkpoint
-        from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+        from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+        from phiconv.checkpoint.overlay import Overlay
 
         overlay = Overlay.load(ctx.input(OVERLAY).path)
         written = write_awq_checkpoint(

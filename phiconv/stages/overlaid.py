@@ -57,7 +57,8 @@ def weight_source(ctx: StageContext) -> WeightSource:
     Raises:
         StageError: The overlay is damaged, or another checkpoint's.
     """
-    from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+    from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+    from phiconv.checkpoint.overlay import Overlay
 
     artifact = overlay_input(ctx)
     if artifact is None:

@@ -188,7 +188,7 @@ def _take_overlay(
     Raises:
         StageError: It is damaged, or for another checkpoint, graph or grid.
     """
-    from phiconv.checkpoint.overlay import OverlaidCheckpoint
+    from phiconv.checkpoint.overlaid import OverlaidCheckpoint
     from phiconv.checkpoint.weight_source import Grid
 
     artifact = overlay_input(ctx)

@@ -12,7 +12,8 @@ import pytest
 
 from phiconv.awq.autoawq_backend import _clip_indices
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.errors import RecipeError
 from phiconv.runtimes.reference import LanguageModelHead, final_hidden_states
 from phiconv.stages.awq import Awq, AwqParams

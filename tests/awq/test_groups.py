@@ -8,7 +8,8 @@ import pytest
 
 from phiconv.awq.groups import GROUPS, query_key_rows
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.runtimes.reference import LanguageModelHead, final_hidden_states
 from tests.outlier_checkpoints import inject_outliers

@@ -13,7 +13,8 @@ from phiconv.awq.rounding import Folded, Nearest
 from phiconv.awq.scales import relative_magnitudes, sampled_rows, search_scales
 from phiconv.awq.statistics import InputStatistics, StatisticsCollector, sampled_tokens
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.kernels.matmulnbits import dequantize_rows, layout, quantize_rows
 from tests.outlier_checkpoints import inject_outliers

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from phiconv.checkpoint import Checkpoint
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
 from phiconv.checkpoint.overlay import (
     CalibrationTokens,
     GroupRecord,
-    OverlaidCheckpoint,
     Overlay,
 )
 from phiconv.checkpoint.rounded import RoundedWriter

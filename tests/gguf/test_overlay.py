@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.gguf.importance import ImportanceMatrix
 from phiconv.gguf.plan import gguf_names

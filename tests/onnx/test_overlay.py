@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.errors import ExportError, StageError
 from phiconv.onnx.graph import OnnxGraph

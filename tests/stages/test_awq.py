@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.errors import StageError
 from phiconv.runtimes.activations import LINEAR_LAYERS
 from phiconv.stages.awq import Awq, AwqParams

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from phiconv.checkpoint import Checkpoint
-from phiconv.checkpoint.overlay import OverlaidCheckpoint, Overlay
+from phiconv.checkpoint.overlaid import OverlaidCheckpoint
+from phiconv.checkpoint.overlay import Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.errors import CheckpointError, StageError
 from phiconv.kernels.matmulnbits import dequantize_rows

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from scipy.special import log_softmax
 
 from phiconv import machine
+from phiconv.cache_key import is_present
 from phiconv.errors import EnvironmentLacksError, RecipeError, StageError
 from phiconv.onnx.folder import open_folder
 from phiconv.onnx.olive_pass import listed_passes
 from phiconv.onnx.quantize import Target, quantize_graph
-from phiconv.plan import is_present
 from phiconv.stages.olive import Olive, OliveParams
 from phiconv.stages.stage import ONNX, Artifact, Requirement, StageContext
 from tests.onnx.models import hugging_face_logits, lay_out, onnx_logits, open_checkpoint, write
