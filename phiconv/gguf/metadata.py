@@ -165,6 +165,17 @@ def _base_model(hub_id: str) -> dict[str, str]:
     return entry | ({"organization": organization} if organization else {})
 
 
+def architecture_values(config: ModelConfig) -> dict[str, int | float]:
+    """The keys that say how the model is built, `phi3.…`, with the values of a configuration."""
+    from phiconv.gguf.key_values import KeyValueWriter
+
+    writer = KeyValueWriter(path=None, arch=ARCHITECTURE)
+    _add_architecture(writer, config)
+    (values,) = writer.kv_data
+    prefix = f"{ARCHITECTURE}."
+    return {key: entry.value for key, entry in values.items() if key.startswith(prefix)}
+
+
 def _add_architecture(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     if config.rope is not None:
         writer.add_rope_scaling_attn_factors(config.rope.attention_factor)

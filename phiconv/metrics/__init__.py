@@ -136,7 +136,8 @@ METRICS: dict[str, Metric] = {
         "Faults of the graph",
         "faults",
         "graph",
-        "Attributes, constants and connections of the graph that contradict config.json.",
+        "Attributes, constants and connections of the graph, or metadata of a GGUF file, that "
+        "contradict config.json.",
     ),
     "parity.tokenizer": _count(
         "Tokenizer differences",

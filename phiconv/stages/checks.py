@@ -5,7 +5,7 @@ Each check gives a `Check` for the reports and the counts that gates judge.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from phiconv.report.results import Check, CheckState
 
 if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
+    from phiconv.diagnosis import Finding
     from phiconv.parity.results import ParityReport
     from phiconv.report.results import Provenance
     from phiconv.runtimes.kernel_support import KernelFinding
@@ -106,9 +107,21 @@ def check_wiring(folder: Path, checkpoint: Checkpoint) -> Checked:
     """Whether attributes, constants and connections of the graph are those of config.json."""
     from phiconv.diagnosis.diagnose import lint_artifact
 
+    return _check_graph(lambda: lint_artifact(folder, checkpoint.config))
+
+
+def check_metadata(artifact: Path, checkpoint: Checkpoint) -> Checked:
+    """Whether the metadata of a GGUF file, which its graph is made from, is the checkpoint's."""
+    from phiconv.diagnosis.gguf_lint import lint_gguf
+    from phiconv.runtimes.llama_cpp import gguf_file
+
+    return _check_graph(lambda: lint_gguf(gguf_file(artifact), checkpoint))
+
+
+def _check_graph(lint: Callable[[], Sequence[Finding]]) -> Checked:
     name, metric = "graph", "graph.faults"
     try:
-        found = lint_artifact(folder, checkpoint.config)
+        found = lint()
     except StageError as error:
         return Checked((Check(name, "not_checked", f"cannot be read: {error.message}"),), {})
     errors = [finding for finding in found if finding.severity == "error"]
@@ -176,6 +189,15 @@ def check_parity(folder: Path, checkpoint: Checkpoint, provider: Provider) -> Ch
 
 
 def check_gguf(folder: Path, checkpoint: Checkpoint) -> Checked:
+    """Metadata, tokenizer and chat template of a GGUF file against the checkpoint's.
+
+    Raises:
+        CheckpointError: The checkpoint's own tokenizer cannot be read.
+    """
+    return joined([check_metadata(folder, checkpoint), check_gguf_parity(folder, checkpoint)])
+
+
+def check_gguf_parity(folder: Path, checkpoint: Checkpoint) -> Checked:
     """Tokenizer and chat template of a GGUF file, as llama.cpp has them, against the checkpoint's.
 
     Raises:

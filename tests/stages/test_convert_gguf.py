@@ -117,6 +117,7 @@ def test_measured_on_llama_cpp(checkpoint: Path, tmp_path: Path) -> None:
     found = measured(checkpoint, tmp_path, gates=gates, generate_tokens=8)
     assert found.verdict == "passed on llama.cpp"
     assert {check.name: check.state for check in found.measurement.checks} == {
+        "graph": "clean",
         "tokenizer": "clean",
         "chat template": "clean",
     }
@@ -133,7 +134,9 @@ def test_without_llama_cpp_the_weights_are_measured_and_it_is_said(
     assert found.verdict == (
         "passed on dequantized weights in PyTorch, target llama.cpp not present"
     )
-    for check in found.measurement.checks:
+    graph, *parity = found.measurement.checks
+    assert (graph.name, graph.state) == ("graph", "clean")
+    for check in parity:
         assert check.state == "not_checked"
         assert "what is measured is the weights, not the runtime" in check.summary
     assert "greedy_agreement" not in found.measurement.metrics
