@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from phiconv.kernels import compiling
 from phiconv.stages.stage import Progress, SilentProgress
 from phiconv.units import amount_text, seconds_text, size_text
 
@@ -17,6 +18,14 @@ _PLAIN_SECONDS = 5.0
 _PLAIN_SHARE = 0.1
 """Of the time a step has taken so far: a log of hours has dozens of lines, not thousands."""
 _NAME_WIDTH = 36
+_BAR_WIDTH = 24
+_NARROW = 110
+"""Columns below which the bar and the names of items give way to amounts and memory."""
+_COMPILING = {
+    True: "compiling kernels, once on this machine",
+    False: "compiling kernels; NUMBA_CACHE_DIR can name a folder to keep them in",
+}
+"""By whether the machine code is kept."""
 
 PeakMemory = Callable[[], int]
 
@@ -102,11 +111,14 @@ class PlainDisplay:
         """Says that a step starts."""
         label = f"[{self._index + 1}/{self._count}] {name}" if self._count else name
         self.note(f"{label}: {uses}")
-        return _PlainProgress(self, label, self._clock)
+        progress = _PlainProgress(self, label, self._clock)
+        compiling.listen(progress.compiling)
+        return progress
 
     def done(self, record: StageRecord) -> None:
         """Says what became of a step."""
         self._index += 1
+        compiling.listen(None)
         self.note(f"[{self._index}/{self._count}] {record.id}: {outcome(record)}")
 
     def note(self, text: str) -> None:
@@ -117,6 +129,7 @@ class PlainDisplay:
 
     def close(self) -> None:
         """Nothing is open."""
+        compiling.listen(None)
 
 
 class _PlainProgress:
@@ -124,6 +137,7 @@ class _PlainProgress:
         self._display, self._label, self._clock = display, label, clock
         self._lock = threading.Lock()
         self._first = self._last = clock()
+        self._told = False
         self.start(None)
 
     def start(self, total: int | None, unit: str = "bytes") -> None:
@@ -144,6 +158,12 @@ class _PlainProgress:
     def note(self, text: str) -> None:
         self._display.note(f"{self._label}: {text}")
 
+    def compiling(self, kept: bool | None) -> None:
+        """Says it once a step, however many kernels there are."""
+        if kept is not None and not self._told:
+            self._told = True
+            self.note(_COMPILING[kept])
+
 
 class RichDisplay:
     """A live bar for the running step: item, amount, time left, peak memory."""
@@ -152,17 +172,25 @@ class RichDisplay:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
+        from rich.table import Column
 
         self._console = Console(file=stream, force_terminal=True, highlight=False)
+        narrow = self._console.width < _NARROW
+        self.name_width = _NAME_WIDTH // 2 if narrow else _NAME_WIDTH
         self._bars = Bars(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_BAR_WIDTH // 3 if narrow else _BAR_WIDTH),
             TextColumn("{task.fields[amount]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("peak {task.fields[peak]}"),
-            TextColumn("[dim]{task.fields[what]}"),
+            # What is left of the line; nothing else is ever cut for it.
+            TextColumn(
+                "[dim]{task.fields[what]}",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
             console=self._console,
             transient=True,
+            expand=True,
         )
         self._task: Any = None
         self._index = self._count = 0
@@ -174,6 +202,7 @@ class RichDisplay:
 
     def step(self, name: str, uses: str, peak: PeakMemory) -> Progress:
         """Shows a step's bar."""
+        compiling.listen(None)
         self._bars.start()
         self._remove_bar()
         label = f"[{self._index + 1}/{self._count}] {name}" if self._count else name
@@ -181,11 +210,14 @@ class RichDisplay:
         self._task = self._bars.add_task(
             label, total=None, amount="", what=uses, peak=_PeakText(peak)
         )
-        return _RichProgress(self, self._bars, self._task)
+        progress = _RichProgress(self, self._bars, self._task, uses)
+        compiling.listen(progress.compiling)
+        return progress
 
     def done(self, record: StageRecord) -> None:
         """Replaces the bar by a line."""
         self._index += 1
+        compiling.listen(None)
         self._remove_bar()
         label = f"[{self._index}/{self._count}] {record.id}".replace("[", r"\[")
         style = "dim" if record.cached else "green"
@@ -197,12 +229,17 @@ class RichDisplay:
 
     def close(self) -> None:
         """Takes the bars away."""
+        compiling.listen(None)
         self._bars.stop()
+
+    def refresh(self) -> None:
+        """Draws now; otherwise it is drawn ten times a second."""
+        self._bars.refresh()
 
     def _remove_bar(self) -> None:
         if self._task is not None:
             self._bars.remove_task(self._task)
-            self._bars.refresh()
+            self.refresh()
             self._task = None
 
 
@@ -217,8 +254,10 @@ class _PeakText:
 
 
 class _RichProgress:
-    def __init__(self, display: RichDisplay, bars: Any, task: Any) -> None:
+    def __init__(self, display: RichDisplay, bars: Any, task: Any, what: str) -> None:
         self._display, self._bars, self._task = display, bars, task
+        self._what = what
+        self._compiling: str | None = None
         self._lock = threading.Lock()
         self._done = 0
         self._total: int | None = None
@@ -238,8 +277,16 @@ class _RichProgress:
     def note(self, text: str) -> None:
         self._display.note(text)
 
+    def compiling(self, kept: bool | None) -> None:
+        """Says it in place of the item in hand, for as long as it lasts."""
+        self._compiling = None if kept is None else _COMPILING[kept]
+        self._update(None)
+
     def _update(self, what: str | None) -> None:
-        fields = {"amount": amount_text(self._done, self._total, self._unit)}
         if what:
-            fields["what"] = what if len(what) <= _NAME_WIDTH else "…" + what[1 - _NAME_WIDTH :]
-        self._bars.update(self._task, completed=self._done, **fields)
+            width = self._display.name_width
+            self._what = what if len(what) <= width else "…" + what[1 - width :]
+        # While it compiles nothing is added to the amount, so its place is free.
+        amount = amount_text(self._done, self._total, self._unit) if not self._compiling else ""
+        shown = self._compiling or self._what
+        self._bars.update(self._task, completed=self._done, amount=amount, what=shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _BYTE_UNITS = ("B", "KB", "MB", "GB", "TB")
+_MILLIONS_FROM = 1_000_000
 
 
 def size_text(count: int) -> str:
@@ -25,7 +26,11 @@ def seconds_text(seconds: float) -> str:
 
 
 def amount_text(done: int, total: int | None, unit: str) -> str:
-    """`1.1 GB of 2.4 GB`, or `512 of 4096 tokens`."""
+    """`1.1 GB of 2.4 GB`, `512 of 4096 tokens`, or `0.5 M of 4.2 M tokens`."""
     if unit == "bytes":
         return f"{size_text(done)} of {size_text(total)}" if total else size_text(done)
-    return f"{done} of {total} {unit}" if total else f"{done} {unit}"
+    in_millions = (total or done) >= _MILLIONS_FROM
+    text, whole = (
+        f"{count / 1e6:.1f} M" if in_millions else str(count) for count in (done, total or 0)
+    )
+    return f"{text} of {whole} {unit}" if total else f"{text} {unit}"

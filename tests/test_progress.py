@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from phiconv.kernels import compiling
 from phiconv.progress import (
     PlainDisplay,
     QuietDisplay,
@@ -103,3 +104,62 @@ def test_a_long_step_says_ever_more_seldom_how_far_it_is() -> None:
         clock.now = second
         progress.advance(1)
     assert 40 < len(stream.getvalue().splitlines()) < 80
+
+
+def test_a_log_says_once_a_step_that_kernels_are_compiled() -> None:
+    stream = io.StringIO()
+    display = PlainDisplay(stream, Clock())
+    compiling.begin(kept=True)  # such as while the checkpoint is hashed
+    display.step("int4", "quantize", lambda: 0)
+    compiling.begin(kept=True)  # for the one that is being compiled
+    compiling.end()
+    compiling.end()
+    compiling.begin(kept=True)
+    compiling.end()
+    display.done(DONE)
+    compiling.begin(kept=True)  # no step is shown
+    compiling.end()
+    display.step("gguf", "convert-gguf", lambda: 0)
+    compiling.begin(kept=False)
+    compiling.end()
+    display.close()
+    assert [line for line in stream.getvalue().splitlines() if "compiling" in line] == [
+        "int4: compiling kernels, once on this machine",
+        "gguf: compiling kernels; NUMBA_CACHE_DIR can name a folder to keep them in",
+    ]
+
+
+def on_the_screen(stream: io.StringIO) -> str:
+    """What was drawn since it was last asked."""
+    shown = stream.getvalue()
+    stream.seek(0)
+    stream.truncate()
+    return shown
+
+
+@pytest.mark.parametrize("columns", ["80", "160"])
+def test_a_bar_says_that_kernels_are_compiled_while_they_are(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    display = RichDisplay(stream)
+    display.begin("building toy", 1)
+    progress = display.step("int4.onnx", "write-onnx", lambda: 312_000_000)
+    progress.start(2_000_000_000)
+    progress.advance(500_000_000, "model.layers.11.mlp.down_proj.weight")
+    compiling.begin(kept=True)
+    display.refresh()
+    shown = on_the_screen(stream)
+    for text in ("int4.onnx", "peak 312.0 MB", "compiling kernels, once on"):
+        assert text in shown
+    compiling.end()
+    on_the_screen(stream)
+    display.refresh()
+    shown = on_the_screen(stream)
+    assert "compiling" not in shown
+    for text in ("int4.onnx", "500.0 MB of 2.0 GB", "peak 312.0 MB", "down_proj"):
+        assert text in shown
+    display.done(DONE)
+    display.close()

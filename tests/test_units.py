@@ -32,3 +32,6 @@ def test_amounts() -> None:
     assert amount_text(1_100_000, 2_400_000, "bytes") == "1.1 MB of 2.4 MB"
     assert amount_text(512, 4096, "tokens") == "512 of 4096 tokens"
     assert amount_text(512, None, "tokens") == "512 tokens"
+    assert amount_text(40_000, 4_194_304, "tokens") == "0.0 M of 4.2 M tokens"
+    assert amount_text(999_999, 999_999, "tokens") == "999999 of 999999 tokens"
+    assert amount_text(1_500_000, None, "tokens") == "1.5 M tokens"

@@ -7,6 +7,8 @@ kernel gives the same bytes on every machine, whatever the vector width.
 from __future__ import annotations
 
 import hashlib
+import pickle
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -14,8 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core import event
+from numba.core.caching import FunctionCache, NullCache
 from numba.core.runtime.nrt import rtsys
+from numba.core.serialize import dumps
+
+from phiconv.kernels import compiling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,15 +41,13 @@ def _package_digest() -> str:
 
 
 class _PackageCache(FunctionCache):
-    """A disk cache whose key covers every source file of this package.
+    """Machine code on disk, one file a signature and processor, with its sha256 in front.
 
-    numba's own key covers only the file of the function that is called: an edit to a routine in
-    another file, inlined into it, would go unnoticed and the old machine code would run on.
+    numba's own files are trusted as they are found, and its key covers only the source file of
+    the function that is called: an edit to a routine in another file, inlined into it, would go
+    unnoticed. Here the digest covers the machine code, numba's version and every source file of
+    this package. What does not agree with it is compiled anew and replaced.
     """
-
-    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        key = super()._index_key(sig, codegen)  # type: ignore[no-untyped-call]
-        return (*key, _package_digest())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Loads machine code, without importing what only a compilation needs.
@@ -52,9 +56,54 @@ class _PackageCache(FunctionCache):
         implementations of Python and numpy, and scipy for its BLAS where there is one, up to a
         quarter of a second. Machine code needs no more than the functions that allocate arrays.
         """
+        codegen = target_context.codegen()
+        try:
+            content = self._file(sig, codegen).read_bytes()
+        except OSError:
+            return None
+        digest, code = content[:32], content[32:]
+        if digest != self._digest(sig, codegen, code):
+            return None
         rtsys.initialize(target_context)
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        return self._impl.rebuild(target_context, pickle.loads(code))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keeps machine code; where that cannot be done, it is compiled again next time."""
+        if not self._impl.check_cachable(data):
+            return
+        code = dumps(self._impl.reduce(data))  # type: ignore[no-untyped-call]
+        file = self._file(sig, data.codegen)
+        with suppress(OSError):
+            self._impl.locator.ensure_cache_path()
+            partial = file.with_suffix(f".{uuid.uuid4().hex}")
+            try:
+                partial.write_bytes(self._digest(sig, data.codegen, code) + code)
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _file(self, sig: Any, codegen: Any) -> Path:
+        """Where machine code for these types of arguments and this processor is."""
+        name = hashlib.sha256(repr((sig, codegen.magic_tuple())).encode()).hexdigest()[:16]
+        return Path(self._cache_path) / f"{self._impl.filename_base}.{name}.nbc"
+
+    def _digest(self, sig: Any, codegen: Any, code: bytes) -> bytes:
+        index_key = self._index_key(sig, codegen)  # type: ignore[no-untyped-call]
+        key = (index_key, numba.__version__, _package_digest())
+        return hashlib.sha256(repr(key).encode() + code).digest()
+
+
+class _Announcing(event.Listener):
+    """Says when something is compiled; numba tells nothing when machine code is loaded."""
+
+    def on_start(self, event: Any) -> None:
+        compiling.begin(kept=not isinstance(event.data["dispatcher"]._cache, NullCache))
+
+    def on_end(self, event: Any) -> None:
+        compiling.end()
+
+
+event.register("numba:compile", _Announcing())  # type: ignore[no-untyped-call]
 
 
 def routine(function: Function) -> Function:

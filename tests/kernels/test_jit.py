@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,13 +51,14 @@ def test_the_package_does_not_import_numba() -> None:
     assert run(code, PACKAGE.parent) == ["False"]
 
 
-def test_a_key_changes_with_any_source_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_changes_with_any_source_file(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = floats._cast._cache  # type: ignore[attr-defined]
     codegen = cpu_target.target_context.codegen()
-    before = cache._index_key("signature", codegen)
-    assert cache._index_key("signature", codegen) == before
+    before = cache._digest("signature", codegen, b"code")
+    assert cache._digest("signature", codegen, b"code") == before
+    assert cache._digest("signature", codegen, b"cope") != before
     monkeypatch.setattr(jit, "_package_digest", lambda: "another")
-    assert cache._index_key("signature", codegen) != before
+    assert cache._digest("signature", codegen, b"code") != before
 
 
 def test_the_digest_reads_every_source_file(
@@ -101,18 +105,74 @@ def test_kernels_run_where_nothing_can_be_cached(unwritable: Path, tmp_path: Pat
     assert run(CAST, unwritable, **at_home(home))[1] == "0"
 
 
-def test_what_only_compiling_needs_is_not_imported_for_loading(tmp_path: Path) -> None:
+def test_what_only_compiling_needs_is_neither_imported_nor_announced_for_loading(
+    tmp_path: Path,
+) -> None:
     imported = "print('numba.typed.typeddict' in sys.modules)"
     compiled_after_loading = """
 out = np.empty((2, 1), np.float16)
 floats.cast_transposed(np.float32([[1, 2]]), 0, 2, out)
 assert out.tolist() == [[1], [2]]
 """
+    announced = """
+from phiconv.kernels import compiling
+told = []
+compiling.listen(told.append)
+"""
     cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    assert run(CAST + imported, PACKAGE.parent, **cache)[1:] == ["0", "True"]
-    assert run(CAST + imported, PACKAGE.parent, **cache)[1:] == ["1", "False"]
+    told = announced + CAST + imported + "\nprint(*told)"
+    assert run(told, PACKAGE.parent, **cache)[1:] == ["0", "True", *["None", "True", "None"]]
+    assert run(told, PACKAGE.parent, **cache)[1:] == ["1", "False", "None"]
     both = CAST + imported + compiled_after_loading + imported
     assert run(both, PACKAGE.parent, **cache)[1:] == ["1", "False", "True"]
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+
+
+def twice(value: int) -> int:
+    return 2 * value
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Any:
+    """An empty cache, and machine code that was just compiled."""
+    compiled: Any = jit._compiled(twice)
+    assert compiled(21) == 42
+    cache = jit._PackageCache(twice)  # type: ignore[no-untyped-call]
+    cache._cache_path = str(tmp_path)
+    return cache, next(iter(compiled.overloads.values()))
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, lambda content: content[:1000], lambda content: b""]
+)
+def test_damaged_machine_code_counts_as_none_and_is_replaced(
+    damage: Callable[[bytes], bytes], kept: Any, tmp_path: Path
+) -> None:
+    cache, result = kept
+    assert cache.load_overload(result.signature, cpu_target.target_context) is None
+    for _ in range(2):
+        cache.save_overload(result.signature, result)
+        [file] = tmp_path.iterdir()
+        loaded = cache.load_overload(result.signature, cpu_target.target_context)
+        assert loaded.signature == result.signature
+        file.write_bytes(damage(file.read_bytes()))
+        assert cache.load_overload(result.signature, cpu_target.target_context) is None
+
+
+def test_a_full_disk_costs_no_more_than_compiling_again(
+    kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache, result = kept
+    monkeypatch.setattr(Path, "write_bytes", full)
+    cache.save_overload(result.signature, result)
+    assert list(tmp_path.iterdir()) == []
 
 
 def digest() -> str:
