@@ -46,6 +46,7 @@ class RandomScalesParams(BaseModel):
     bits: int = 4
     group_size: int = 32
     symmetric: bool = False
+    search: Literal["none", "mse"] = "none"
     clip: bool = True
     rounding: Literal["nearest", "gptq"] = "nearest"
     seed: int = 0
@@ -152,6 +153,8 @@ def test_gguf_takes_one_only_when_told(checkpoint: Checkpoint, tmp_path: Path) -
         ({"scales": {"bits": 8}}, "made for bits 8, not 4"),
         ({"int4": {"symmetric": True}}, "made for symmetric false, not true"),
         ({"scales": {"clip": False, "rounding": "gptq"}, "int4": {"bits": 8}}, "bits 4, not 8"),
+        ({"int4": {"symmetric": False, "search": "mse"}}, 'made for search "none", not "mse"'),
+        ({"scales": {"search": "mse"}}, 'made for search "mse", not "none"'),
     ],
 )
 def test_another_grid_is_refused(
@@ -172,8 +175,16 @@ def test_what_awq_makes_is_known_to_the_plan(checkpoint: Checkpoint, tmp_path: P
     assert [ref.id for ref in free.step("int4.onnx").inputs] == ["int4", "scales"]
 
 
+def test_codes_fit_any_search(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    codes = {"rounding": "gptq", "search": "mse"}
+    found = plan(checkpoint, tmp_path, *CHAIN, scales=codes)
+    assert [ref.id for ref in found.step("int4").inputs] == ["onnx", "scales"]
+
+
 def test_scales_alone_fit_any_grid(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    found = plan(checkpoint, tmp_path, *CHAIN, scales={"clip": False, "group_size": 128})
+    found = plan(
+        checkpoint, tmp_path, *CHAIN, scales={"clip": False, "group_size": 128, "search": "mse"}
+    )
     assert [ref.id for ref in found.step("int4").inputs] == ["onnx", "scales"]
 
 

@@ -21,6 +21,7 @@ class OverlayParams(Protocol):
         bits: Bits of a weight on the grid that it is made for.
         group_size: Input features that share a scale there.
         symmetric: Whether there are no zero points.
+        search: How a group's scale was chosen while it was searched.
         clip: Whether groups are clipped.
         rounding: `nearest`, or `gptq` for codes.
     """
@@ -31,6 +32,8 @@ class OverlayParams(Protocol):
     def group_size(self) -> int: ...
     @property
     def symmetric(self) -> bool: ...
+    @property
+    def search(self) -> str: ...
     @property
     def clip(self) -> bool: ...
     @property

@@ -119,15 +119,20 @@ class Quantize:
     def check_fit(
         self, params: QuantizeParams, config: ModelConfig, inputs: Sequence[InputRef]
     ) -> list[PhiconvError]:
-        """An overlay with clip limits or codes wants weights on its own grid."""
+        """An overlay with clip limits or codes wants weights on its own grid.
+
+        Clip limits were also chosen by what rounding loses, so they want it done the same way.
+        """
         overlay = overlay_params(inputs)
         if overlay is None or not (overlay.clip or overlay.rounding == "gptq"):
             return []
-        wanted = {
+        wanted: dict[str, tuple[JSON, JSON]] = {
             "bits": (params.bits, overlay.bits),
             "block_size": (params.block_size, overlay.group_size),
             "symmetric": (params.symmetric, overlay.symmetric),
         }
+        if overlay.rounding == "nearest":
+            wanted["search"] = (params.search, overlay.search)
         return [
             RecipeError(
                 f"the overlay is made for {key} {json.dumps(theirs)}, not {json.dumps(ours)}",
