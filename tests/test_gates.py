@@ -130,6 +130,24 @@ def test_a_recipes_gate_replaces_a_built_in_one() -> None:
     assert not result.built_in
 
 
+@pytest.mark.parametrize("provider", [CPU, None])
+def test_a_recipes_gate_on_the_targets_kernels_is_judged_even_if_nothing_ran(
+    provider: str | None,
+) -> None:
+    gates = {"kernels.unserved": {"max": 0}, "top1_agreement": {"min": 0.9}}
+    found = measurement(DML, provider, kernels__unserved=1)
+    results = judge(found, {**gates, "kl_divergence.mean": {"max": 1}})
+    kernels = results[0]
+    assert (kernels.metric, kernels.passed, kernels.provider) == ("kernels.unserved", False, DML)
+    assert len(results) == (3 if provider else 1)
+    assert all(result.provider == CPU for result in results[1:]), "where it was measured"
+
+
+def test_what_was_found_without_running_is_about_the_target() -> None:
+    (result,) = judge(measurement(DML, None, parity__tokenizer=1), {})
+    assert result.provider == DML
+
+
 def test_what_was_not_checked_has_no_built_in_gate() -> None:
     assert judge(measurement(top1_agreement=1.0), {}) == ()
 
@@ -155,6 +173,7 @@ def test_gates_that_can_be_judged_are_no_problem() -> None:
         ({"decode_error.max": {"max": 1}}, "not measured by this runtime", "onnxruntime-genai"),
         ({"top1_agreement": {}}, "has no limit", "min or a max"),
         ({"top1_agreement": {"min": math.nan}}, "not a finite number", ""),
+        ({"top1_agreement": {"min": 0.9, "max": math.inf}}, "not a finite number", ""),
         ({"top1_agreement": {"min": 1.0, "max": 0.5}}, "greater than its max", ""),
     ],
 )  # fmt: skip

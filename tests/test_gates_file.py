@@ -84,7 +84,8 @@ def test_settings_replace_single_limits() -> None:
 
 @pytest.mark.parametrize(
     "setting", ["top1_agreement=1", "top1_agreement.min", "min=1", "top1_agreement.mn=1",
-                "top1_agreement.min=x", "top1_agreement.min="]
+                "top1_agreement.min=x", "top1_agreement.min=", "top1_agreement.min=0.9=1",
+                "top1_agreement.min=1e999"]
 )  # fmt: skip
 def test_a_setting_of_another_form_is_refused(setting: str) -> None:
     with pytest.raises(RecipeError) as caught:

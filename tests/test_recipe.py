@@ -83,6 +83,7 @@ release: {path: ../elsewhere}
         ("a: !!int x\n", "'x' is not of type int", 1),
         ("a: !!python/name:os.system ''\n", "YAML tag", 1),
         ("1: a\n", "a key that is not text", 1),
+        ("b: 1\n[a]: 1\n", "a key that is not text", 2),
         ("a: [1\nb: 2\n", "not valid YAML", 2),
         ("a: 1\n---\nb: 1\n", "not valid YAML", 2),
     ],
@@ -92,6 +93,11 @@ def test_refuses_dangerous_or_broken_yaml(text: str, message: str, line: int) ->
         parse(text, "r.yaml")
     assert message in str(caught.value)
     assert f"r.yaml:{line}" in str(caught.value)
+
+
+def test_refuses_characters_that_yaml_has_not() -> None:
+    with pytest.raises(RecipeError, match=r"not valid YAML: .*special characters are not allowed"):
+        parse("name: a\x00b\n", "r.yaml")
 
 
 def test_refuses_what_is_no_mapping(tmp_path: Path) -> None:
@@ -247,6 +253,10 @@ STAGES = "schema: 1\nname: toy\nmodel: {source: m}\nstages:\n"
             "  - {id: c, uses: quantize, from: [a, b]}\n",
             "takes two inputs of one kind",
         ),
+        (
+            "  - {id: a, uses: exprt-onnx}\n  - {id: b, uses: quantize}\n",
+            "there is no stage 'exprt-onnx'",
+        ),
         ("  - {id: a.b, uses: export-onnx}\n", "stages.a.b.id: string should match pattern"),
         ("  []\n", "should have at least 1 item"),
     ],
@@ -257,6 +267,7 @@ def test_refuses_stages_that_do_not_fit(tmp_path: Path, stages: str, message: st
 
 def test_warns_of_output_that_nothing_takes(tmp_path: Path) -> None:
     stages = "  - {id: a, uses: export-onnx}\n  - {id: b, uses: export-onnx}\n"
+    stages += "  - {id: check, uses: measure}\n"  # nobody takes what was measured, either
     [warning] = load_text(tmp_path, STAGES + stages).warnings
     assert warning == f"{tmp_path / 'r.yaml'}:5: nothing takes the output of stage 'a'"
 

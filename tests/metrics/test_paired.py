@@ -82,8 +82,33 @@ def test_every_error_is_about_the_jackknifes(metric: str) -> None:
         metrics(without_window(new, window))[metric] - metrics(without_window(old, window))[metric]
         for window in range(40)
     ]
-    jackknife = np.sqrt(39 / 40 * np.sum((np.array(left) - np.mean(left)) ** 2))
-    assert paired_errors(old, new)[metric] == pytest.approx(jackknife, rel=0.02)
+    assert paired_errors(old, new)[metric] == pytest.approx(jackknife(left), rel=0.02)
+
+
+def jackknife(left: list[float]) -> float:
+    """The error of a statistic that has these values with one of the windows left out."""
+    return float(np.sqrt((len(left) - 1) / len(left) * np.sum((left - np.mean(left)) ** 2)))
+
+
+def test_only_changed_probabilities_make_the_error_of_their_root_mean_square() -> None:
+    """Where most of the probability lies both models agree."""
+
+    def agreeing(found: PositionValues) -> PositionValues:
+        likely = np.arange(SHAPE[1]) % 2 == 0
+        reference = np.where(likely, 0.02, 1) * found.reference_log_probability
+        candidate = np.where(likely, reference, found.candidate_log_probability)
+        return replace(
+            found, reference_log_probability=reference, candidate_log_probability=candidate
+        )
+
+    old, new = agreeing(values(1, windows=40)), agreeing(values(2, windows=40))
+    left = [
+        metrics(without_window(new, window))["rms_delta_p"]
+        - metrics(without_window(old, window))["rms_delta_p"]
+        for window in range(40)
+    ]
+    found = paired_errors(old, new)["rms_delta_p"]
+    assert found == pytest.approx(jackknife(left), rel=0.05)
 
 
 def test_pairing_takes_away_what_both_share() -> None:
@@ -110,10 +135,12 @@ def test_windows_that_hang_together_are_covered_and_positions_would_not_be() -> 
     assert (np.abs(shares.mean(axis=(1, 2))) <= 1.96 * by_position).mean() < 0.5
 
 
-@pytest.mark.parametrize("windows", [4, 5, 8, 16, 64, 1000])
-def test_the_noise_is_students_t(windows: int) -> None:
+@pytest.mark.parametrize(
+    ("windows", "rel"), [(4, 2e-3), (5, 4e-4), (8, 3e-5), (16, 1e-6), (64, 1e-9), (1000, 1e-12)]
+)
+def test_the_noise_is_students_t(windows: int, rel: float) -> None:
     expected = stats.t.ppf(0.975, windows - 1)
-    assert noise_factor(windows) == pytest.approx(expected, rel=2e-3)
+    assert noise_factor(windows) == pytest.approx(expected, rel=rel)
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
@@ -130,7 +157,11 @@ def test_what_is_not_finite_has_no_error() -> None:
     assert "perplexity.ratio" in found
     nothing = replace(new, candidate_log_probability=np.full(SHAPE, -np.inf))
     assert "perplexity.ratio" not in paired_errors(old, nothing)
+
+
+def test_two_positions_are_the_fewest_with_an_error() -> None:
     assert np.isnan(standard_error(np.array([[1.0]])))
+    assert standard_error(np.array([[1.0, 4.0]])) == pytest.approx(stats.sem([1.0, 4.0]))
 
 
 def test_other_windows_are_refused() -> None:

@@ -56,6 +56,14 @@ def test_equal_logits_have_no_divergence_and_full_agreement() -> None:
     np.testing.assert_allclose(found.cosine, 1, rtol=1e-14)
 
 
+def test_logits_that_are_all_zero_have_no_direction() -> None:
+    reference = logits(0)
+    reference[5] = 0
+    found = compare(reference, logits(1)).cosine
+    assert found[5] == 0
+    assert np.isfinite(found).all()
+
+
 def test_a_constant_added_to_all_logits_changes_no_probability() -> None:
     reference = logits(0)
     found = compare(reference, reference + np.float32(8))
@@ -136,7 +144,8 @@ def test_a_logit_that_is_not_finite_is_found(value: float) -> None:
 @pytest.mark.parametrize(
     ("candidate", "targets", "message"),
     [
-        (logits(1, vocabulary=9), np.zeros(37, np.int64), "shape"),
+        (logits(1, vocabulary=9), np.zeros(37, np.int64), r"logits of shape \(37, 203\) against"),
+        (logits(1)[:1], np.zeros(37, np.int64), "against \\(1, 203\\)"),
         (logits(1), np.zeros(36, np.int64), "targets of shape"),
         (logits(1), np.full(37, 203), "outside the vocabulary"),
         (logits(1), np.full(37, -2), "outside the vocabulary"),
