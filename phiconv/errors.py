@@ -6,6 +6,24 @@ process exit code (docs/exit-codes.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def noted_when_stopped(note: str) -> Iterator[None]:
+    """Adds a note to what interrupts the work inside: a signal, but no error.
+
+    Args:
+        note: What was kept, for whoever stopped it.
+    """
+    try:
+        yield
+    except BaseException as stop:
+        if not isinstance(stop, Exception):
+            stop.add_note(note)
+        raise
+
 
 class PhiconvError(Exception):
     """An error with a place and a remedy.

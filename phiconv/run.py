@@ -222,18 +222,20 @@ class Runner:
         if self._plan.rebuild:
             remove_tree(unfinished)
         with self._session.scratch() as folder, Meter() as meter:
-            context = StageContext(
-                out=folder / ARTIFACT,
-                inputs=[
-                    Artifact(ref.id, ref.kind, ref.key, path)
-                    for ref, path in zip(step.inputs, inputs, strict=True)
-                ],
-                checkpoint=self._plan.checkpoint,
-                threads=self._threads,
-                progress=self._display.step(step.id, step.stage.name, lambda: meter.peak_rss_bytes),
-                unfinished=unfinished,
-            )
             try:
+                context = StageContext(
+                    out=folder / ARTIFACT,
+                    inputs=[
+                        Artifact(ref.id, ref.kind, ref.key, path)
+                        for ref, path in zip(step.inputs, inputs, strict=True)
+                    ],
+                    checkpoint=self._plan.checkpoint,
+                    threads=self._threads,
+                    progress=self._display.step(
+                        step.id, step.stage.name, lambda: meter.peak_rss_bytes
+                    ),
+                    unfinished=unfinished,
+                )
                 _preload_stage(step.stage)
                 facts = step.stage.run(step.params, context)
                 usage = meter.usage()
@@ -244,9 +246,24 @@ class Runner:
                     self._entry(step, folder, facts, usage), context.digests
                 )
             except (OSError, MemoryError, PhiconvError) as error:
-                raise _explained(error, step, folder) from error
+                explained = _explained(error, step, folder)
+                self._note_what_is_kept(explained, step, unfinished)
+                raise explained from error
+            except BaseException as stop:
+                self._note_what_is_kept(stop, step, unfinished)
+                raise
         remove_tree(unfinished)
         return Made(entry, _record(step, entry, usage))
+
+    def _note_what_is_kept(self, error: BaseException, step: Step, unfinished: Path) -> None:
+        """Adds to what ends a step whether the next build has to begin it again."""
+        if unfinished.is_dir() and any(unfinished.iterdir()):
+            build = "build without --rebuild" if self._plan.rebuild else "build"
+            error.add_note(
+                f"what stage {step.id!r} has done is kept: the next {build} goes on there"
+            )
+        elif not isinstance(error, Exception):
+            error.add_note(f"finished stages are kept; {step.id!r} begins again in the next build")
 
     def _entry(self, step: Step, folder: Path, facts: Mapping[str, JSON], usage: Usage) -> Entry:
         return Entry(

@@ -38,10 +38,17 @@ def error_text(error: PhiconvError) -> str:
         lines = [f"error: {part.message}"]
         lines += [f"  where: {part.where}"] if part.where else []
         lines += [f"  remedy: {part.remedy}"] if part.remedy else []
+        lines += [f"  note: {note}" for note in notes(part)]
         texts.append("\n".join(lines))
     if len(parts) > 1:
         texts.append(f"{len(parts)} errors")
     return "\n".join(texts)
+
+
+def notes(error: BaseException) -> Sequence[str]:
+    """What was added to an error on its way."""
+    found: Sequence[str] = getattr(error, "__notes__", ())
+    return found
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:

@@ -15,7 +15,7 @@ from phiconv.progress import QuietDisplay
 from phiconv.recipe import Overrides
 from phiconv.report.document import read_report
 from phiconv.stages.stage import StageContext
-from phiconv.summary import outcome_lines
+from phiconv.summary import error_text, outcome_lines
 from phiconv.workspace import entry
 from tests.test_plan import STAMPED
 from tests.toy_stages import (
@@ -217,6 +217,31 @@ def test_unfinished_work_outlives_a_failure_but_not_the_artifact(bench: Bench) -
     assert found[1:] == [[], []]
 
 
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_what_ends_a_step_says_that_its_work_is_kept(
+    stop: type[BaseException], rebuild: bool, bench: Bench
+) -> None:
+    (bench.folder / "mark.txt").write_text("x")
+
+    def work(ctx: StageContext) -> None:
+        assert ctx.unfinished is not None
+        ctx.unfinished.mkdir()
+        (ctx.unfinished / "layer-0").touch()
+        raise stop(errno.ENOSPC, "full", "x")
+
+    try:
+        error = bench.build(STAMPED, registry(stamp=Stamp(work)), rebuild=rebuild).error
+    except KeyboardInterrupt as interrupt:
+        notes = interrupt.__notes__
+    else:
+        assert error is not None
+        notes = error.__notes__
+        assert f"  note: {notes[0]}" in error_text(error)
+    build = "build without --rebuild" if rebuild else "build"
+    assert notes == [f"what stage 'mark' has done is kept: the next {build} goes on there"]
+
+
 def test_a_full_disk_is_the_environments_fault(bench: Bench) -> None:
     error = failing(bench, OSError(errno.ENOSPC, "No space left on device", "x"))
     assert isinstance(error, EnvironmentLacksError)
@@ -238,8 +263,10 @@ def test_too_little_memory_is_the_environments_fault(bench: Bench) -> None:
 
 
 def test_an_interrupt_leaves_nothing(bench: Bench) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         failing(bench, KeyboardInterrupt())
+    kept = "finished stages are kept; 'mark' begins again in the next build"
+    assert stopped.value.__notes__ == [kept]
     assert list(bench.workspace.sessions.iterdir()) == []
     assert not bench.out.exists()
 

@@ -19,7 +19,7 @@ from phiconv.checkpoint.adapter import ADAPTER_CONFIG
 from phiconv.checkpoint.digests import OnBytes
 from phiconv.checkpoint.folder import CARD, SHAPING_PATTERNS
 from phiconv.checkpoint.weights import INDEX_FILE, SINGLE_FILE, no_weights, read_weight_map
-from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError
+from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError, noted_when_stopped
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -106,7 +106,8 @@ def fetch_weights(
             remedy=f"run `hf download {snapshot.repo_id} --revision {snapshot.commit}`",
         )
     _check_disk(snapshot, total)
-    with _translated_errors(snapshot.repo_id, snapshot.commit):
+    kept = noted_when_stopped("what was downloaded is kept; the next build goes on from there")
+    with kept, _translated_errors(snapshot.repo_id, snapshot.commit):
         snapshot_download(
             snapshot.repo_id,
             revision=snapshot.commit,

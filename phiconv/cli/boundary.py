@@ -54,11 +54,18 @@ def boundary(settings: Settings) -> Iterator[None]:
     except click.ClickException as error:
         error.show()
         sys.exit(USAGE_CODE)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing half-made was kept", err=True)
+    except click.Abort as stop:
+        # What click makes of a KeyboardInterrupt; but also of an EOFError, from wherever it comes.
+        if isinstance(stop.__cause__, EOFError):
+            _unexpected(stop.__cause__, settings)
+            sys.exit(UNEXPECTED_CODE)
+        _say_stopped("interrupted", stop.__cause__ or stop)
         sys.exit(INTERRUPTED_CODE)
-    except TerminatedError:
-        click.echo("terminated; nothing half-made was kept", err=True)
+    except KeyboardInterrupt as stop:
+        _say_stopped("interrupted", stop)
+        sys.exit(INTERRUPTED_CODE)
+    except TerminatedError as stop:
+        _say_stopped("terminated", stop)
         sys.exit(TERMINATED_CODE)
     except BrokenPipeError:
         # The reader of our output left; say nothing more, also not when Python flushes at exit.
@@ -67,6 +74,13 @@ def boundary(settings: Settings) -> Iterator[None]:
     except Exception as error:
         _unexpected(error, settings)
         sys.exit(UNEXPECTED_CODE)
+
+
+def _say_stopped(how: str, stop: BaseException) -> None:
+    from phiconv.summary import notes
+
+    kept = notes(stop) or ["nothing half-made was kept"]
+    click.echo(f"{how}; {'; '.join(kept)}", err=True)
 
 
 def _unexpected(error: Exception, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from phiconv.cli.options import json_option, print_json, quiet_option, verbose_option
+from phiconv.errors import noted_when_stopped
 
 if TYPE_CHECKING:
     from phiconv.push import PushPlan
@@ -66,7 +67,7 @@ def push(
             print_json(_as_json(plan))
         return
     _show_progress(quiet)
-    try:
+    with noted_when_stopped("the repository has all of it or none; the same command goes on"):
         done = push_release(
             plan,
             make=make,
@@ -76,9 +77,6 @@ def push(
             message=message,
             note=lambda text: None if quiet else click.echo(text, err=True),
         )
-    except KeyboardInterrupt:
-        click.echo("the repository is as it was; the same command goes on from here", err=True)
-        raise
     if as_json:
         print_json({**_as_json(plan), "url": done.url, "commit": done.commit, "new": done.new})
     else:

@@ -129,7 +129,7 @@ def test_an_interrupted_push_goes_on_where_it_was(release: Path, tmp_path: Path)
         _, err = process.communicate(timeout=60)
         released.set()
         assert process.returncode == 130, err
-        assert "the same command goes on from here" in err
+        assert "interrupted; the repository has all of it or none; the same command goes on" in err
         assert list(stub.repositories[REPO].commits) == [1]
         assert 10_000_000 < stub.uploaded < 70_000_000
 
