@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from phiconv.assessment import Shipped, assess, measurement_folders
 from phiconv.batch import DIST, Outcome
 from phiconv.cache_key import digest
 from phiconv.errors import PhiconvError, Problems, StageError
 from phiconv.inspect import tensor_kinds
-from phiconv.plan import make_plan
+from phiconv.plan import Plan, make_plan
 from phiconv.preflight import preflight
 from phiconv.progress import Display
 from phiconv.recipe.model import ModelSource, Recipe, RecipeText, StageEntry, StageUse
@@ -94,26 +94,63 @@ def validate_artifact(
         StageError: The artifact is broken, is no decoder, or is not of this checkpoint.
         EnvironmentLacksError: The provider, a package or the checkpoint is missing.
     """
+    out = out or DIST / f"{subject.name}-validation"
+    with open_session(workspace) as session:
+        measured = _measure(subject, session, display, out, threads, rebuild)
+        _write(measured.result, measured.folders, out, session)
+    return Outcome(
+        measured.plan.recipe, Built(measured.plan, measured.result, measured.artifact, out), None
+    )
+
+
+def judge_artifact(
+    subject: Subject, workspace: Workspace, display: Display, *, threads: int = 1
+) -> RunResult:
+    """What `validate_artifact` finds out, without a report.
+
+    Args:
+        subject: What to validate.
+        workspace: Keeps the reference and the measurement.
+        display: Where progress is shown.
+        threads: How many threads a stage may use.
+
+    Raises:
+        PhiconvError: As `validate_artifact`.
+    """
+    with open_session(workspace) as session:
+        return _measure(subject, session, display, workspace.artifacts, threads, False).result
+
+
+class _Measured(NamedTuple):
+    """A validation that is done: its plan, what it found, and where the measurements lie."""
+
+    plan: Plan
+    result: RunResult
+    folders: Mapping[str, Path]
+    artifact: Path
+
+
+def _measure(
+    subject: Subject, session: Session, display: Display, out: Path, threads: int, rebuild: bool
+) -> _Measured:
+    """Measures an artifact; `out` is only asked for room."""
+    workspace = session.workspace
     found = _find(subject.artifact)
     recipe = _recipe(subject)
     _raise(Validate().check_inputs(subject.params, (found.kind,)))
-    out = out or DIST / f"{subject.name}-validation"
-    with open_session(workspace) as session:
-        checkpoint = open_checkpoint(recipe, workspace, display, download=True, preload=True)
-        _check_vocabulary(found, checkpoint.config.vocab_size)
-        files = _hash(found, workspace, display)
-        given = InputRef(ARTIFACT, found.kind, _key(found.kind, files), found.path)
-        plan = make_plan(recipe, checkpoint, workspace, rebuild=rebuild, given=given)
-        preflight([(plan, out)], workspace)
-        display.begin(f"validating {recipe.name}", len(plan.at_hand))
-        runner = Runner(plan, session, threads, display)
-        for step in plan.at_hand:
-            runner.ensure(step)
-        kinds = tensor_kinds(found.path)
-        shipped = Shipped(given.key, files, kinds)
-        result = assess(plan, runner.made, shipped)
-        _write(result, measurement_folders(plan, runner.made), out, session)
-    return Outcome(recipe, Built(plan, result, found.path, out), None)
+    checkpoint = open_checkpoint(recipe, workspace, display, download=True, preload=True)
+    _check_vocabulary(found, checkpoint.config.vocab_size)
+    files = _hash(found, workspace, display)
+    given = InputRef(ARTIFACT, found.kind, _key(found.kind, files), found.path)
+    plan = make_plan(recipe, checkpoint, workspace, rebuild=rebuild, given=given)
+    preflight([(plan, out)], workspace)
+    display.begin(f"validating {recipe.name}", len(plan.at_hand))
+    runner = Runner(plan, session, threads, display)
+    for step in plan.at_hand:
+        runner.ensure(step)
+    shipped = Shipped(given.key, files, tensor_kinds(found.path))
+    result = assess(plan, runner.made, shipped)
+    return _Measured(plan, result, measurement_folders(plan, runner.made), found.path)
 
 
 def default_runtime(artifact: Path) -> str:
