@@ -158,18 +158,32 @@ def _parse_json(content: str, where: str) -> list[Text]:
 
 
 def _parse_record(record: Any, name: str, where: str) -> Text:
-    if isinstance(record, dict):
-        source = str(record.get("source", name))
-        if isinstance(record.get("text"), str):
-            return Text(source, record["text"])
-        messages = record.get("messages")
-        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            pairs = tuple((message["role"], message["content"]) for message in messages)
-            return Text(source, json.dumps(pairs, ensure_ascii=False), pairs)
-    raise RecipeError(
-        "not a JSON object with a string `text`, or `messages` with `role` and `content`",
-        where=f"{where}, {name}",
-    )
+    text = _text_of(record, name)
+    if text is None:
+        raise RecipeError(
+            "not a JSON object with a string `text`, or `messages` with `role` and `content`",
+            where=f"{where}, {name}",
+        )
+    try:
+        text.text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise RecipeError(
+            f"holds {text.text[error.start]!r}, which is no character", where=f"{where}, {name}"
+        ) from error
+    return text
+
+
+def _text_of(record: Any, name: str) -> Text | None:
+    if not isinstance(record, dict):
+        return None
+    source = str(record.get("source", name))
+    if isinstance(record.get("text"), str):
+        return Text(source, record["text"])
+    messages = record.get("messages")
+    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+        pairs = tuple((message["role"], message["content"]) for message in messages)
+        return Text(source, json.dumps(pairs, ensure_ascii=False), pairs)
+    return None
 
 
 def _is_message(value: Any) -> bool:

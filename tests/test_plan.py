@@ -228,6 +228,35 @@ class Large(WriteOnnx):
         return self._estimate
 
 
+def test_a_build_needs_the_disk_of_all_steps_and_the_memory_of_one(bench: Bench) -> None:
+    class SmallExport(Export):
+        def estimate(self, params: Any, config: Any, inputs: Any) -> Estimate:
+            return Estimate(disk_bytes=7, ram_bytes=50)
+
+    large = Large(disk_bytes=100, ram_bytes=30)
+    stages = registry(export_onnx=SmallExport(), write_onnx=large)
+    plan = bench.plan(RECIPE, stages)
+    assert (plan.disk_bytes, plan.ram_bytes) == (107, 50)
+    assert plan.step("int4").estimate is None
+    found = as_json(plan)
+    assert (found["disk_bytes"], found["ram_bytes"]) == (107, 50)
+    bench.build(RECIPE, stages)
+    done = bench.plan(RECIPE, stages)
+    assert (done.disk_bytes, done.ram_bytes) == (0, 0), "only what is still to be built counts"
+
+
+def test_tools_are_named_in_the_same_order_by_every_process(bench: Bench) -> None:
+    names = ("rich", "onnx", "numpy", "click", "pydantic", "pyyaml", "jinja2", "psutil")
+
+    class Tools(Export):
+        def tools(self) -> tuple[str, ...]:
+            return names
+
+    tools = bench.plan(RECIPE, registry(export_onnx=Tools())).tools
+    assert list(tools) == sorted({*names, *bench.plan().tools})
+    assert tools["numpy"] == machine.version("numpy")
+
+
 @pytest.mark.parametrize(
     ("estimate", "message"),
     [

@@ -224,6 +224,33 @@ def test_wrong_settings_name_themselves(
     assert error.where == f"--set {setting}"
 
 
+def test_a_setting_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    [error] = errors_of(tmp_path, RECIPE, "int4.bits=a=b")
+    assert error.message == "stages.int4.with.bits: input should be 4 or 8, not 'a=b'"
+
+
+@pytest.mark.parametrize(
+    ("stages", "messages"),
+    [
+        ("  - text\n  - {id: int4, uses: quantize}\n", ["stages.0", "no stage 'onnx'"]),
+        ("  - {id: 7, uses: quantize}\n", ["stages.0.id: ", "no stage 'onnx'"]),
+        ("  - {id: onnx, uses: 7}\n", ["stages.onnx.uses: "]),
+        ("  - {id: onnx, uses: nothing}\n", ["there is no stage 'nothing'"]),
+        (
+            "  {onnx: {uses: quantize}}\n",
+            ["the recipe has no stage 'onnx'", "stages: ", "makes no artifact"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_recipe_is_told_beside_settings(
+    tmp_path: Path, stages: str, messages: list[str]
+) -> None:
+    found = errors_of(tmp_path, STAGES + stages, "onnx.a.b=1")
+    for message in messages:
+        assert any(message in error.message for error in found)
+    assert len(found) == len(messages)
+
+
 STAGES = "schema: 1\nname: toy\nmodel: {source: m}\nstages:\n"
 
 

@@ -152,3 +152,15 @@ def test_long_texts_are_cut_never_dropped(tmp_path: Path) -> None:
     windows = one.available_tokens // 32
     whole = load_token_set(path, checkpoint, windows=windows, window_length=32, chat=True)
     assert decoded(checkpoint, whole.windows.reshape(-1).tolist()).count("word") > 780
+
+
+@pytest.mark.parametrize(
+    "record",
+    ['{"text": "a\\ud800b"}', '{"messages": [{"role": "user", "content": "\\udc00"}]}'],
+)
+def test_half_a_character_is_refused_with_its_line(record: str, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(f'{{"text": "whole: \\ud83d\\ude00"}}\n{record}\n', encoding="utf-8")
+    with pytest.raises(RecipeError, match="which is no character") as caught:
+        read_texts(path)
+    assert (caught.value.where or "").endswith("texts.jsonl, line 2")

@@ -117,14 +117,13 @@ def fetch_weights(
         )
 
 
-def fetch_dataset_file(repo_id: str, commit: str, name: str, *, download: bool = True) -> Path:
+def fetch_dataset_file(repo_id: str, commit: str, name: str) -> Path:
     """Fetches one file of a dataset.
 
     Args:
         repo_id: The dataset on the Hub.
         commit: 40 hexadecimal digits.
         name: The file, within the repository.
-        download: False uses the cache alone.
 
     Returns:
         Where it is in the cache; what is there needs no network.
@@ -145,7 +144,6 @@ def fetch_dataset_file(repo_id: str, commit: str, name: str, *, download: bool =
                     name,
                     repo_type="dataset",
                     revision=commit,
-                    local_files_only=not download,
                     library_name="phiconv",
                     tqdm_class=_progress_class(None),
                 )

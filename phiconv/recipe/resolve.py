@@ -129,6 +129,8 @@ def _problems(
     """Translates pydantic's errors; those of a union's members at one place become one."""
     by_place: dict[KeyPath, list[tuple[str, str | None]]] = {}
     for item in error.errors(include_url=False):
+        if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+            continue  # refused elements are not counted: each has an error of its own
         where = _existing(item["loc"], values)
         if item["type"] == "missing":
             where = (*where, item["loc"][-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,13 +13,13 @@ from phiconv.stages.stage import Stage
 _DRAFT = "http://json-schema.org/draft-07/schema#"
 
 
-def recipe_schema(registry: Mapping[str, Stage] = STAGES) -> dict[str, Any]:
+def recipe_schema() -> dict[str, Any]:
     """The schema of a whole recipe; what `with` takes follows from `uses`."""
     definitions: dict[str, Any] = {}
     schema = _schema_of(RecipeText, definitions)
     entry = definitions["StageEntry"]
-    entry["properties"]["uses"]["enum"] = list(registry)
-    entry["allOf"] = [_choice(name, stage, definitions) for name, stage in registry.items()]
+    entry["properties"]["uses"]["enum"] = list(STAGES)
+    entry["allOf"] = [_choice(name, stage, definitions) for name, stage in STAGES.items()]
     return {"$schema": _DRAFT, **schema, "definitions": dict(sorted(definitions.items()))}
 
 
