@@ -124,6 +124,28 @@ def test_a_changed_recipe_is_refused(
     assert f"or lock again: phiconv lock {locked}" in done.err
 
 
+def test_a_stage_that_came_or_went_is_named(locked: Path, phiconv: Terminal) -> None:
+    stage = "  - {id: more, uses: validate, from: int4, with: {windows: 1}}\n"
+    locked.write_text(locked.read_text(encoding="utf-8") + stage, encoding="utf-8")
+    came = phiconv("plan", str(locked), "--locked")
+    assert differences(came)["recipe.stages.more"].startswith("locked is absent, here is {")
+    assert phiconv("lock", str(locked)).code == 0
+    edit(locked, stage, "")
+    went = phiconv("plan", str(locked), "--locked")
+    assert differences(went)["recipe.stages.more"].endswith(", here is absent")
+    assert (came.code, went.code) == (2, 2)
+
+
+def test_a_lock_that_cannot_be_read_or_written_is_told(recipe: Path, phiconv: Terminal) -> None:
+    lock_of(recipe).mkdir()
+    done = phiconv("build", str(recipe), "--locked")
+    assert (done.code, "cannot be read: " in done.err) == (2, True)
+    done = phiconv("lock", str(recipe))
+    assert (done.code, "cannot be written: " in done.err) == (2, True)
+    assert f"where: {lock_of(recipe)}" in done.err
+    assert [path.name for path in recipe.parent.glob(".*")] == []
+
+
 def test_what_the_command_line_changes_is_refused_too(locked: Path, phiconv: Terminal) -> None:
     done = phiconv("plan", str(locked), "--locked", "--set", "int4.search=mse")
     assert done.code == 2
