@@ -221,9 +221,35 @@ def test_a_difference_within_the_noise_is_not_called_worse(saved: Save) -> None:
         open_report(saved(name, side(name, value)))
         for name, value in (("old", 21.5), ("near", 21.6), ("far", 23.0))
     )
-    for other, state in ((near, ""), (far, "worse")):
-        rows = {row.metric: row for row in compare(old, other, {}, {}).pairs[0].rows}
+    for one, other, state in ((old, near, ""), (old, far, "worse"), (far, old, "better")):
+        rows = {row.metric: row for row in compare(one, other, {}, {}).pairs[0].rows}
         assert rows["perplexity.candidate"].state == state
+        assert rows["rms_delta_p"].noise is None, "nothing is known of it"
+
+
+def test_what_is_counted_has_no_noise(saved: Save) -> None:
+    old = open_report(saved("old", build(validation("check", with_metrics(kernels__unserved=1)))))
+    new = open_report(saved("new", build(validation("check", with_metrics(kernels__unserved=2)))))
+    for one, other, state in ((old, new, "worse"), (new, old, "better"), (old, old, "")):
+        rows = {row.metric: row for row in compare(one, other, {}, {}).pairs[0].rows}
+        assert (rows["kernels.unserved"].noise, rows["kernels.unserved"].state) == (0.0, state)
+
+
+def test_what_a_gate_decides_is_called_passed_or_failed(saved: Save) -> None:
+    old = open_report(saved("old", build()))
+    new = open_report(saved("new", build(validation("check", measured(ratio=1.5)))))
+    for one, other, state in ((old, new, "failed"), (new, old, "passed")):
+        rows = {row.metric: row for row in compare(one, other, DEFAULT, {}).pairs[0].rows}
+        assert rows["perplexity.ratio"].state == state
+
+
+def test_an_error_of_one_side_alone_is_none_of_the_difference(saved: Save) -> None:
+    known = with_metrics(kl_divergence__standard_error=3e-4)
+    old = open_report(saved("old", build(validation("check", known))))
+    new = open_report(saved("new", build()))
+    for one, other in ((old, new), (new, old)):
+        rows = {row.metric: row for row in compare(one, other, DEFAULT, {}).pairs[0].rows}
+        assert rows["kl_divergence.mean"].standard_error is None
 
 
 def test_other_tokens_or_another_reference_are_refused(saved: Save, phiconv: Terminal) -> None:
