@@ -144,7 +144,7 @@ def stamp_files(artifact: Path, known: Mapping[str, str]) -> dict[str, FileStamp
 
 def write_manifest(entry: Entry) -> None:
     """Writes the manifest of an entry, durably; the files must be there already."""
-    document = asdict(replace(entry, folder=Path()))
+    document = asdict(entry)
     del document["folder"]
     text = json.dumps({"manifest": MANIFEST_VERSION, **document}, indent=1, sort_keys=True)
     partial = entry.folder / (MANIFEST + ".partial")
