@@ -3,7 +3,7 @@
 Only measurements on the same tokens against the same reference can be compared. They share the
 difficulty of these tokens, so a difference is far surer than its two sides: its standard error
 follows from the values of every position, kept beside each report (`phiconv.report.positions`).
-Where they do not, as with reports of an older phiconv, both measurements are taken for independent.
+Where they are not kept, both measurements are taken for independent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from phiconv.errors import EnvironmentLacksError, GateError, RecipeError
 from phiconv.gates import judge
-from phiconv.metrics import METRICS
+from phiconv.metrics import METRICS, STANDARD_ERRORS, known_error
 from phiconv.publish import ARTIFACT, REPORT
 from phiconv.report import REPORT_JSON
 from phiconv.report.positions import POSITIONS, PositionsError, read_positions
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 # 0.97 - 0.96 is a little more than 0.01.
 _ROUNDING = 1e-9
-
-# An unpaired error is no more than a rough measure of noise.
-_UNPAIRED_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -268,16 +265,21 @@ def _measured(side: Side) -> list[Validation]:
 
 def _errors(baseline: tuple[Side, Validation], candidate: tuple[Side, Validation]) -> Errors:
     """The errors of the differences: paired where both have the values of every position."""
-    from phiconv.metrics.paired import FEWEST_WINDOWS, noise_factor, paired_errors
+    from phiconv.metrics.paired import paired_errors
+    from phiconv.metrics.standard_error import FEWEST_WINDOWS, noise_factor
+
+    windows = candidate[1].measurement.tokens.windows
 
     try:
         old, new = (
             read_positions(side.positions, validation) for side, validation in (baseline, candidate)
         )
     except PositionsError as error:
-        about = f"unpaired, as of independent measurements: {error}"
-        return Errors("unpaired", _unpaired(baseline[1], candidate[1]), _UNPAIRED_FACTOR, about)
-    windows = len(old.kl_divergence)
+        about = f"unpaired, as of independent measurements, {windows} windows: {error}"
+        found = _unpaired(baseline[1], candidate[1])
+        if not found:
+            about = f"none known: {error}, and a report has none that counts windows"
+        return Errors("unpaired", found, noise_factor(windows), about)
     about = f"paired by position, {windows} windows"
     if windows < FEWEST_WINDOWS:
         about += f" (fewer than {FEWEST_WINDOWS}: positions taken for independent)"
@@ -305,7 +307,7 @@ def _rows(
     names = [
         name
         for name in METRICS
-        if any(name in metrics for metrics in both) and not name.endswith("standard_error")
+        if any(name in metrics for metrics in both) and name not in STANDARD_ERRORS
     ]
     return tuple(_row(name, both, errors, allowances.get(name)) for name in names)
 
@@ -336,27 +338,14 @@ def _row(
 def standard_errors(validation: Validation) -> dict[str, float]:
     """Standard errors of those metrics for which they follow from the report.
 
-    That of an agreement p over n positions is sqrt(p (1 - p) / (n - 1)); that of the artifact's
-    perplexity is the ratio's times the reference's perplexity, which is the same for all.
+    That of the artifact's perplexity is the ratio's times the reference's perplexity, which is the
+    same for all.
     """
-    measurement = validation.measurement
-    metrics = measurement.metrics
-    positions = measurement.tokens.windows * measurement.tokens.window_length
-    agreement = metrics.get("top1_agreement")
-    ratio_error = metrics.get("perplexity.ratio_standard_error")
-    reference = metrics.get("perplexity.reference")
-    found = {
-        "kl_divergence.mean": metrics.get("kl_divergence.standard_error"),
-        "perplexity.ratio": ratio_error,
-        "perplexity.candidate": (
-            ratio_error * reference if ratio_error is not None and reference is not None else None
-        ),
-        "top1_agreement": (
-            math.sqrt(agreement * (1 - agreement) / (positions - 1))
-            if agreement is not None and positions > 1
-            else None
-        ),
-    }
+    metrics = validation.measurement.metrics
+    found = {name: known_error(metrics, name) for name in METRICS}
+    ratio_error, reference = found["perplexity.ratio"], metrics.get("perplexity.reference")
+    if ratio_error is not None and reference is not None:
+        found["perplexity.candidate"] = ratio_error * reference
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from phiconv.errors import RecipeError
-from phiconv.metrics import METRICS
+from phiconv.metrics import METRICS, known_error
 from phiconv.report.results import GateResult, Measurement
 
 Bound = Literal["min", "max"]
@@ -138,6 +138,7 @@ def _judged(
             tokens=str(measurement.tokens),
             built_in=built_in,
             detail=_detail(measurement, name),
+            standard_error=known_error(measurement.metrics, name),
         )
         for bound, limit in limits.items()
     ]

@@ -88,6 +88,8 @@ def outcome_lines(outcome: Outcome) -> list[tuple[str, str | None]]:
     """A build's verdict, metrics and figures as lines and the colour of each."""
     if outcome.built is None:
         return [(f"{outcome.recipe.name}: failed", "red")]
+    from phiconv.report.text import close_gates
+
     built = outcome.built
     lines: list[tuple[str, str | None]] = []
     for validation in built.result.validations:
@@ -95,6 +97,7 @@ def outcome_lines(outcome: Outcome) -> list[tuple[str, str | None]]:
         lines.append((f"{outcome.recipe.name}: {validation.verdict}", colour))
         lines += [(line, None) for line in _findings(validation)]
         lines += [(str(gate), "red") for gate in validation.gates if not gate.passed]
+        lines += [(line, "yellow") for line in close_gates(validation)]
     if not lines:
         lines.append((f"{outcome.recipe.name}: built, not validated", "yellow"))
     return lines + [(line, None) for line in _figures(built)]
@@ -102,7 +105,8 @@ def outcome_lines(outcome: Outcome) -> list[tuple[str, str | None]]:
 
 def _findings(validation: Validation) -> list[str]:
     """The gated metrics and a few others, then the checks."""
-    from phiconv.report.text import CHECK_WORDS
+    from phiconv.metrics import known_error
+    from phiconv.report.text import CHECK_WORDS, about_errors
 
     metrics = validation.measurement.metrics
     gates = [gate for gate in validation.gates if not gate.built_in]
@@ -112,6 +116,8 @@ def _findings(validation: Validation) -> list[str]:
         if name not in gated and name not in _HEADLINE:
             continue
         measured = "not finite" if value is None else f"{value:.6g}"
+        error = known_error(metrics, name)
+        measured += "" if error is None else f" ± {error:.2g}"
         limits = [gate for gate in gates if gate.metric == name]
         bounds = ", ".join(f"{gate.bound} {gate.limit:.6g}" for gate in limits)
         state = "" if not limits else "passed" if all(g.passed for g in limits) else "failed"
@@ -120,6 +126,8 @@ def _findings(validation: Validation) -> list[str]:
     head = [f"  {validation.stage}: {validation.artifact} on {validation.measurement.tokens}"]
     if rows:
         head += table([("metric", "measured", "gate", ""), *rows], "    ")
+        about = about_errors(validation.measurement)
+        head += [f"    {about}"] if about else []
     if checks:
         head += table(
             [(item.name, CHECK_WORDS[item.state], item.summary) for item in checks], "    "

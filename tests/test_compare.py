@@ -16,7 +16,7 @@ from scipy import stats
 from phiconv.allowances import DEFAULT, Allowance, parse_allowance
 from phiconv.compare import compare, open_report
 from phiconv.errors import RecipeError
-from phiconv.metrics import METRICS
+from phiconv.metrics import METRICS, STANDARD_ERRORS
 from phiconv.report import write_reports
 from phiconv.report.document import report_json
 from phiconv.report.results import Measurement, RunResult, Validation
@@ -185,16 +185,37 @@ def test_without_positions_of_either_errors_are_unpaired(
     for sides in ((alone, two), (two, alone)):
         done = phiconv("compare", *map(str, sides))
         assert done.code == 0
-        assert "± standard error, unpaired, as of independent measurements: there is no" in done.out
+        about = "± standard error, unpaired, as of independent measurements, 8 windows: there is no"
+        assert about in done.out
         assert "± 0.00042" in done.out
     (pair,) = compare(open_report(alone), open_report(two), {}, {}).pairs
     rows = {row.metric: row for row in pair.rows}
-    assert rows["kl_divergence.mean"].standard_error == pytest.approx(math.sqrt(2) * 3e-4)
+    row = rows["kl_divergence.mean"]
+    assert row.standard_error == pytest.approx(math.sqrt(2) * 3e-4)
+    assert row.noise == pytest.approx(row.standard_error * stats.t.ppf(0.975, 7), rel=1e-3)
+
+
+@pytest.mark.parametrize("older", ["old", "new"])
+def test_errors_of_a_report_that_counted_positions_are_not_taken(
+    saved: Save, phiconv: Terminal, older: str
+) -> None:
+    """They are several times too small: a noise would pass for a regression."""
+    errors = {"kl_divergence__standard_error": 1e-4, "perplexity__ratio_standard_error": 1e-3}
+    sides = []
+    for name in ("old", "new"):
+        now = {} if name == older else {"top1_agreement__standard_error": 4e-3}
+        sides.append(saved(name, build(validation("check", with_metrics(**errors, **now)))))
+    (pair,) = compare(*map(open_report, sides), DEFAULT, {}).pairs
+    assert all(row.standard_error is None and row.state != "worse" for row in pair.rows)
+    done = phiconv("compare", *map(str, sides))
+    assert "± standard error, none known: there is no" in done.out
+    assert "a report has none that counts windows" in done.out
 
 
 def test_standard_errors_are_those_of_independent_measurements(saved: Save) -> None:
     values = {
         "kl_divergence__standard_error": 3e-4,
+        "top1_agreement__standard_error": 4e-3,
         "perplexity__ratio_standard_error": 1e-3,
         "perplexity__candidate": 21.6,
     }
@@ -205,15 +226,17 @@ def test_standard_errors_are_those_of_independent_measurements(saved: Save) -> N
     assert rows["kl_divergence.mean"].standard_error == pytest.approx(5e-4)
     assert rows["perplexity.ratio"].standard_error == pytest.approx(math.sqrt(2) * 1e-3)
     assert rows["perplexity.candidate"].standard_error == pytest.approx(math.sqrt(2) * 21.5e-3)
-    agreement = math.sqrt(0.97 * 0.03 / 4095)
-    assert rows["top1_agreement"].standard_error == pytest.approx(math.sqrt(2) * agreement)
-    assert "kl_divergence.standard_error" not in rows, "it is no metric to compare"
+    assert rows["top1_agreement"].standard_error == pytest.approx(math.sqrt(2) * 4e-3)
+    assert not STANDARD_ERRORS & set(rows), "they are no metrics to compare"
 
 
 def test_a_difference_within_the_noise_is_not_called_worse(saved: Save) -> None:
     def side(name: str, candidate: float) -> RunResult:
         found = with_metrics(
-            perplexity__candidate=candidate, perplexity__ratio_standard_error=0.01, rms_delta_p=0.1
+            perplexity__candidate=candidate,
+            perplexity__ratio_standard_error=0.01,
+            top1_agreement__standard_error=0.01,
+            rms_delta_p=0.1,
         )
         return build(validation("check", found))
 
@@ -300,8 +323,11 @@ def test_what_the_candidate_did_not_run_is_no_success(saved: Save, phiconv: Term
 
 
 def test_gates_of_a_file(saved: Save, phiconv: Terminal, tmp_path: Path) -> None:
-    old = saved("old", build())
-    new = saved("new", build(validation("check", measured(top1=0.5))))
+    def side(top1: float) -> RunResult:
+        found = with_metrics(top1_agreement=top1, top1_agreement__standard_error=6e-3)
+        return build(validation("check", found))
+
+    old, new = saved("old", side(0.97)), saved("new", side(0.5))
     gates = tmp_path / "gates.yaml"
     gates.write_text("perplexity.ratio: {max_regression: 0.1}\n")
     assert phiconv("compare", str(old), str(new), "--gates", str(gates)).code == 0
@@ -309,8 +335,8 @@ def test_gates_of_a_file(saved: Save, phiconv: Terminal, tmp_path: Path) -> None
     done = phiconv("compare", str(old), str(new), "--gates", str(gates))
     assert done.code == 4
     failed = [line for line in done.out.splitlines() if line.startswith("failed")]
-    assert failed[0].startswith("failed: top1_agreement is worse by 0.47 ± 0.0083 (0.97 -> 0.5)")
-    assert failed[1].startswith("failed: top1_agreement measured 0.5, limit min 0.9")
+    assert failed[0].startswith("failed: top1_agreement is worse by 0.47 ± 0.0085 (0.97 -> 0.5)")
+    assert failed[1].startswith("failed: top1_agreement measured 0.5 ± 0.006, limit min 0.9")
     gates.write_text("top1_agreement: {max_regresion: 1%}\n")
     done = phiconv("compare", str(old), str(new), "--gates", str(gates))
     assert done.code == 2

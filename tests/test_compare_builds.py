@@ -31,8 +31,12 @@ def test_two_builds_compare_paired(phiconv: Terminal, tmp_path: Path) -> None:
     rows = {row["metric"]: row for row in pair["metrics"]}
     kl = []
     for side in both:
+        document = json.loads((Path(side) / "report" / "report.json").read_text(encoding="utf-8"))
+        metrics = document["result"]["validations"][0]["measurement"]["metrics"]
         with np.load(Path(side) / "report" / "positions.npz") as arrays:
             kl.append(arrays["check/kl_divergence"].mean(axis=1, dtype=np.float64))
+        error = metrics["kl_divergence.standard_error"]
+        assert error == pytest.approx(stats.sem(kl[-1]), rel=1e-4), "each window is one draw"
     row = rows["kl_divergence.mean"]
     statistic = stats.ttest_rel(kl[1], kl[0]).statistic
     assert row["difference"] / row["standard_error"] == pytest.approx(statistic, rel=1e-3)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from phiconv.gates import BUILT_IN, DEFAULT, DEFAULT_GENERATION, check_gates, judge
+from phiconv.report import text
 from phiconv.report.results import Check, Measurement, Provenance, TokenSetRecord, Validation
 
 TOKENS = TokenSetRecord("default", 8, 512, "sha256:aa", "sha256:0123456789abcdef")
@@ -195,3 +196,37 @@ def test_a_limit_just_below_the_value_is_told_apart_from_it() -> None:
     gates = {"kl_divergence.mean": {"max": math.nextafter(8.92134e-05, 0)}}
     (result,) = judge(measurement(kl_divergence__mean=8.92134e-05), gates)
     assert "measured 8.92134e-05, limit max 8.921339999999999e-05," in str(result)
+
+
+ERRORS = {"top1_agreement__standard_error": 0.008, "kl_divergence__standard_error": 0.0007}
+
+
+def test_a_gate_states_the_error_of_what_it_judges() -> None:
+    found = measurement(kl_divergence__mean=0.0512, top1_agreement=0.95, **ERRORS)
+    gates = {"kl_divergence.mean": {"max": 0.04}, "kl_divergence.p99": {"max": 1}}
+    failed, other = judge(found, gates)
+    assert "measured 0.0512 ± 0.0007, limit max 0.04, " in str(failed)
+    assert other.standard_error is None
+    older = measurement(kl_divergence__mean=0.0512, kl_divergence__standard_error=0.0002)
+    (judged,) = judge(older, {"kl_divergence.mean": {"max": 0.04}})
+    assert judged.standard_error is None, "it counted positions"
+
+
+@pytest.mark.parametrize(
+    ("limit", "close"), [(0.921, True), (0.914, True), (0.912, False), (0.93, False)]
+)
+def test_a_pass_by_less_than_the_standard_error_is_close(limit: float, close: bool) -> None:
+    found = measurement(top1_agreement=0.921, **ERRORS)
+    gates = judge(found, {"top1_agreement": {"min": limit}})
+    assert gates[0].close is close
+    lines = text.close_gates(Validation("check", "int4", found, gates))
+    assert lines == (
+        [
+            f"close: top1_agreement passed min {limit} by less than its standard error "
+            "(0.921 ± 0.008): more windows would tell"
+        ]
+        if close
+        else []
+    )
+    without = judge(measurement(top1_agreement=0.921), {"top1_agreement": {"min": limit}})
+    assert not without[0].close

@@ -6,7 +6,7 @@ artifact found, so that gates can judge it, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +22,13 @@ from phiconv.metrics.positions import (
 __all__ = [
     "METRICS",
     "NO_TARGET",
+    "STANDARD_ERRORS",
     "TOP_K",
     "Metric",
     "PositionStatistics",
     "compare_logits",
     "compare_windows",
+    "known_error",
     "summarise",
 ]
 
@@ -48,6 +50,7 @@ class Metric:
             genai_config.json; the probes of `length`.
         function: How it is computed from logits or generation; None for counts.
         about: What a count counts.
+        error: The metric that is its standard error; empty where none is measured.
     """
 
     title: str
@@ -56,6 +59,7 @@ class Metric:
     source: Source = "logits"
     function: Callable[..., float] | None = None
     about: str = ""
+    error: str = ""
 
     @property
     def description(self) -> str:
@@ -70,8 +74,9 @@ def _logits(
     better: Literal["lower", "higher", "neither"],
     unit: str,
     function: Callable[[PositionStatistics], float],
+    error: str = "",
 ) -> Metric:
-    return Metric(title, better, unit, "logits", function)
+    return Metric(title, better, unit, "logits", function, error=error)
 
 
 def _count(title: str, unit: str, source: Source, about: str) -> Metric:
@@ -79,7 +84,9 @@ def _count(title: str, unit: str, source: Source, about: str) -> Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "kl_divergence.mean": _logits("Mean KL divergence", "lower", "nats", summary.kl_mean),
+    "kl_divergence.mean": _logits(
+        "Mean KL divergence", "lower", "nats", summary.kl_mean, "kl_divergence.standard_error"
+    ),
     "kl_divergence.standard_error": _logits(
         "Standard error of the mean KL divergence", "neither", "nats", summary.kl_standard_error
     ),
@@ -87,7 +94,16 @@ METRICS: dict[str, Metric] = {
     "kl_divergence.p90": _logits("KL divergence, 90th percentile", "lower", "nats", summary.kl_p90),
     "kl_divergence.p99": _logits("KL divergence, 99th percentile", "lower", "nats", summary.kl_p99),
     "kl_divergence.max": _logits("Greatest KL divergence", "lower", "nats", summary.kl_max),
-    "top1_agreement": _logits("Top-1 agreement", "higher", "share", summary.top1_agreement),
+    "top1_agreement": _logits(
+        "Top-1 agreement",
+        "higher",
+        "share",
+        summary.top1_agreement,
+        "top1_agreement.standard_error",
+    ),
+    "top1_agreement.standard_error": _logits(
+        "Standard error of the top-1 agreement", "neither", "share", summary.top1_standard_error
+    ),
     "top5_agreement": _logits("Top-5 agreement", "higher", "share", summary.top5_agreement),
     "perplexity.reference": _logits(
         "Perplexity of the reference", "neither", "", summary.reference_perplexity
@@ -95,7 +111,13 @@ METRICS: dict[str, Metric] = {
     "perplexity.candidate": _logits(
         "Perplexity of the artifact", "lower", "", summary.candidate_perplexity
     ),
-    "perplexity.ratio": _logits("Perplexity ratio", "lower", "", summary.perplexity_ratio),
+    "perplexity.ratio": _logits(
+        "Perplexity ratio",
+        "lower",
+        "",
+        summary.perplexity_ratio,
+        "perplexity.ratio_standard_error",
+    ),
     "perplexity.ratio_standard_error": _logits(
         "Standard error of the perplexity ratio",
         "neither",
@@ -174,8 +196,27 @@ METRICS: dict[str, Metric] = {
 }
 
 
+STANDARD_ERRORS = frozenset(metric.error for metric in METRICS.values() if metric.error)
+"""The metrics that are standard errors of others."""
+
+# Measured since standard errors count windows; before, those there were counted positions.
+_SINCE_WINDOWS = "top1_agreement.standard_error"
+
+
+def known_error(metrics: Mapping[str, float | None], name: str) -> float | None:
+    """The standard error of one metric of a measurement; None where it is not known.
+
+    That of a measurement of an older phiconv is not: it took positions for independent, and is
+    several times too small.
+    """
+    metric = METRICS.get(name)
+    if metric is None or not metric.error or _SINCE_WINDOWS not in metrics:
+        return None
+    return metrics.get(metric.error)
+
+
 def summarise(positions: PositionStatistics) -> dict[str, float]:
-    """Every metric that follows from the per-position statistics, by name."""
+    """Every metric that follows from the statistics [windows, positions], by name."""
     return {
         name: metric.function(positions)
         for name, metric in METRICS.items()

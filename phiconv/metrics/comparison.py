@@ -32,11 +32,11 @@ def compare_windows(
         advance: Called after each window with its number of tokens and its name.
 
     Returns:
-        The statistics of the n * T positions, window by window.
+        The statistics [n, T].
 
     Raises:
-        StageError: A logit of the candidate is NaN or infinite, naming window and position; or
-            its vocabulary is not the reference's.
+        StageError: A logit of either is NaN or infinite, naming whose, window and position; or
+            the candidate's vocabulary is not the reference's.
     """
     parts = []
     for index, (window, logits) in enumerate(zip(windows, candidate, strict=True)):
@@ -54,14 +54,26 @@ def compare_windows(
             part = compare_logits(expected, logits[start:stop], targets[start:stop])
             bad = part.first_non_finite()
             if bad is not None:
-                raise StageError(
-                    f"the artifact's logits are not finite (NaN or infinity): window {index}, "
-                    f"position {start + bad}",
-                    where="the artifact's output",
-                    remedy="in fp16 this is mostly an overflow: `phiconv diagnose` names the step "
-                    "where it begins",
-                )
+                finite = bool(np.isfinite(expected[bad]).all())
+                raise _not_finite(f"window {index}, position {start + bad}", reference=not finite)
             parts.append(part)
         if advance is not None:
             advance(len(window), f"window {index}")
-    return PositionStatistics.concatenate(parts)
+    return PositionStatistics.concatenate(parts).by_window(windows.shape[1])
+
+
+def _not_finite(where: str, *, reference: bool) -> StageError:
+    """The error of a logit that is NaN or infinite; the reference's is no fault of the artifact."""
+    if reference:
+        return StageError(
+            f"the reference's logits are not finite (NaN or infinity): {where}",
+            where="the checkpoint's head",
+            remedy="its weights hold NaN or infinity, or overflow fp32: compare the checkpoint's "
+            "files with those of its source",
+        )
+    return StageError(
+        f"the artifact's logits are not finite (NaN or infinity): {where}",
+        where="the artifact's output",
+        remedy="in fp16 this is mostly an overflow: `phiconv diagnose` names the step where it "
+        "begins",
+    )

@@ -23,8 +23,26 @@ _BLOCK_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
+class PositionValues:
+    """What a report keeps of every position; every array is [windows, positions].
+
+    Attributes:
+        kl_divergence: KL(reference || candidate), nats, float64.
+        top1_equal: Whether both rank the same token first, bool.
+        reference_log_probability: log p of the token that follows under the reference, nats,
+            float64; NaN at the last position of a window.
+        candidate_log_probability: The same under the candidate.
+    """
+
+    kl_divergence: NDArray[np.float64]
+    top1_equal: NDArray[np.bool_]
+    reference_log_probability: NDArray[np.float64]
+    candidate_log_probability: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class PositionStatistics:
-    """What is kept of each position; every array is [n], one entry a position.
+    """What is kept of each position: [n] of a block of them, [windows, positions] of windows.
 
     Attributes:
         kl_divergence: KL(reference || candidate) of the next-token distributions, nats, float64.
@@ -32,7 +50,7 @@ class PositionStatistics:
         top5_shared: How many of the five greatest ids are common, int8.
         max_logit_error: max |reference - candidate| over the vocabulary, float64.
         mean_squared_logit_error: mean (reference - candidate)^2 over the vocabulary, float64.
-        cosine: Cosine of the two logit vectors, float64.
+        cosine: Cosine of the two logit vectors, float64; 0 where one of them is all zeros.
         reference_log_probability: log p of the target id under the reference, nats, float64; NaN
             where there is no target.
         candidate_log_probability: The same under the candidate.
@@ -47,14 +65,22 @@ class PositionStatistics:
     reference_log_probability: NDArray[np.float64]
     candidate_log_probability: NDArray[np.float64]
 
-    def __len__(self) -> int:
-        return len(self.kl_divergence)
-
     @classmethod
     def concatenate(cls, parts: Sequence[PositionStatistics]) -> PositionStatistics:
         """Joins parts in order."""
         return cls(
             *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls))
+        )
+
+    @property
+    def values(self) -> PositionValues:
+        """The part from which standard errors follow."""
+        return PositionValues(*(getattr(self, f.name) for f in fields(PositionValues)))
+
+    def by_window(self, length: int) -> PositionStatistics:
+        """The same [windows, length]: what stood one window after the other is cut up again."""
+        return PositionStatistics(
+            *(getattr(self, f.name).reshape(-1, length) for f in fields(self))
         )
 
     @classmethod
@@ -81,8 +107,8 @@ def compare_logits(
 ) -> PositionStatistics:
     """Compares two blocks of logits position by position.
 
-    Everything is summed in float64 from the float32 logits as they are: a KL divergence of 1e-12
-    is still a measurement. The arguments are not changed.
+    Everything is summed in float64 from the float32 logits as they are. A KL divergence is exact to
+    about 1e-14 nats: one of 1e-12 is still a measurement. The arguments are not changed.
 
     Args:
         reference: Logits of the reference, [n, V] float32.
@@ -159,23 +185,28 @@ def _compare_block(
 
     out.max_logit_error[block] = np.maximum(difference.max(axis=1), -difference.min(axis=1))
     out.mean_squared_logit_error[block] = _dot(difference, difference) / vocabulary
-    norms = np.sqrt(_dot(ref, ref)) * np.sqrt(_dot(cand, cand))
+    # one root of the product: of equal rows it is their square sum, so that their cosine is 1
+    norms = np.sqrt(_dot(ref, ref) * _dot(cand, cand))
     out.cosine[block] = _dot(ref, cand) / np.where(norms == 0, 1, norms)
 
     target = np.where(targets == NO_TARGET, 0, targets)
     ref_target, cand_target = ref[every_row, target], cand[every_row, target]
 
-    cand_lse = _log_sum_exp(cand, cand[every_row, top_cand[:, 0]], exponential)
-    ref_max = ref[every_row, top_ref[:, 0]]
-    ref_lse = _log_sum_exp(ref, ref_max, exponential)
-    # exponential now holds exp(ref - max); KL = sum p (ref - cand) - (lse(ref) - lse(cand))
-    mean_difference = _dot(exponential, difference) / np.exp(ref_lse - ref_max)
-    # a divergence below the rounding of its terms may come out a hair under zero
-    out.kl_divergence[block] = np.maximum(mean_difference - (ref_lse - cand_lse), 0)
+    ref_max, cand_max = ref[every_row, top_ref[:, 0]], cand[every_row, top_cand[:, 0]]
+    cand_sum = _exponential_sum(cand, cand_max, exponential)
+    ref_sum = _exponential_sum(ref, ref_max, exponential)
+    # exponential now holds exp(ref - max); KL = sum p (ref - cand) - (lse(ref) - lse(cand)), where
+    # the maxima are taken from each other first: logits are large, their differences are not
+    mean_difference = _dot(exponential, difference) / ref_sum
+    divergence = mean_difference - (ref_max - cand_max) - (np.log(ref_sum) - np.log(cand_sum))
+    # one below the rounding of its terms may come out a hair under zero
+    out.kl_divergence[block] = np.maximum(divergence, 0)
 
     known = targets != NO_TARGET
-    out.reference_log_probability[block] = np.where(known, ref_target - ref_lse, np.nan)
-    out.candidate_log_probability[block] = np.where(known, cand_target - cand_lse, np.nan)
+    ref_log_p = ref_target - ref_max - np.log(ref_sum)
+    cand_log_p = cand_target - cand_max - np.log(cand_sum)
+    out.reference_log_probability[block] = np.where(known, ref_log_p, np.nan)
+    out.candidate_log_probability[block] = np.where(known, cand_log_p, np.nan)
 
 
 def _dot(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -187,13 +218,13 @@ def _dot(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.fl
     return np.asarray(np.einsum("ij,ij->i", left, right))
 
 
-def _log_sum_exp(
+def _exponential_sum(
     logits: NDArray[np.float64], maximum: NDArray[np.float64], exponential: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Log sum exp of each row; leaves exp(logits - maximum) in `exponential`."""
+    """Sum of exp(logits - maximum) of each row, which is left in `exponential`."""
     np.subtract(logits, maximum[:, None], out=exponential)
     np.exp(exponential, out=exponential)
-    return np.asarray(np.log(exponential.sum(axis=1)) + maximum)
+    return np.asarray(exponential.sum(axis=1))
 
 
 def _top_ids(logits: NDArray[np.float32], selection: NDArray[np.float32]) -> NDArray[np.intp]:

@@ -1,17 +1,15 @@
 """The metrics: one pure function each, from per-position statistics to a number.
 
-Standard errors treat positions as independent, as llama.cpp's perplexity tool does. Positions of a
-window are not quite, so they are somewhat too small; they serve to tell noise from a change.
+Standard errors want the statistics by window: see `phiconv.metrics.standard_error`.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phiconv.metrics.positions import TOP_K, PositionStatistics
+from phiconv.metrics.standard_error import metric_error
 
 
 def kl_mean(positions: PositionStatistics) -> float:
@@ -20,8 +18,8 @@ def kl_mean(positions: PositionStatistics) -> float:
 
 
 def kl_standard_error(positions: PositionStatistics) -> float:
-    """Standard error of the mean: sample standard deviation / sqrt(positions)."""
-    return _standard_error(positions.kl_divergence)
+    """Standard error of the mean KL divergence, each window one draw, nats."""
+    return metric_error(positions.values, "kl_divergence.mean")
 
 
 def kl_median(positions: PositionStatistics) -> float:
@@ -49,6 +47,11 @@ def top1_agreement(positions: PositionStatistics) -> float:
     return float(positions.top1_equal.mean())
 
 
+def top1_standard_error(positions: PositionStatistics) -> float:
+    """Standard error of the top-1 agreement, each window one draw."""
+    return metric_error(positions.values, "top1_agreement")
+
+
 def top5_agreement(positions: PositionStatistics) -> float:
     """Mean share of the reference's five first tokens that the candidate's five first hold too."""
     return float(positions.top5_shared.mean() / TOP_K)
@@ -66,12 +69,13 @@ def candidate_perplexity(positions: PositionStatistics) -> float:
 
 def perplexity_ratio(positions: PositionStatistics) -> float:
     """Perplexity of the candidate / that of the reference, on the same tokens."""
-    return _exp(_log_ratio(positions).mean())
+    log_ratio = positions.reference_log_probability - positions.candidate_log_probability
+    return _exp(_known(log_ratio).mean())
 
 
 def perplexity_ratio_standard_error(positions: PositionStatistics) -> float:
-    """Standard error of the ratio: the ratio x that of the mean paired log ratio."""
-    return perplexity_ratio(positions) * _standard_error(_log_ratio(positions))
+    """Standard error of the ratio, each window one draw: the ratio x that of the mean log ratio."""
+    return metric_error(positions.values, "perplexity.ratio")
 
 
 def rms_delta_p(positions: PositionStatistics) -> float:
@@ -126,14 +130,6 @@ def greedy_agreement(generated: NDArray[np.int64], reference: NDArray[np.int64])
 
 def _known(log_probability: NDArray[np.float64]) -> NDArray[np.float64]:
     return log_probability[~np.isnan(log_probability)]
-
-
-def _log_ratio(positions: PositionStatistics) -> NDArray[np.float64]:
-    return _known(positions.reference_log_probability - positions.candidate_log_probability)
-
-
-def _standard_error(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def _exp(value: float) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from phiconv import __version__
+from phiconv.metrics import known_error
 from phiconv.release.admission import LLAMA_CPP
 from phiconv.release.licence import card_licence, licence_text
 from phiconv.release.plan import Item, ReleasePlan
@@ -119,11 +120,8 @@ def _rows(item: Item) -> Iterator[Row]:
     for validation in validations:
         metrics = validation.measurement.metrics if validation else {}
         provenance = validation.measurement.provenance if validation else None
-        divergence = metrics.get("kl_divergence.mean")
-        error = metrics.get("kl_divergence.standard_error")
-        kl = text.number(divergence) if divergence is not None else _NOT_MEASURED
         top1 = metrics.get("top1_agreement")
-        ratio = metrics.get("perplexity.ratio")
+        spread = known_error(metrics, "top1_agreement")
         yield Row(
             path=item.path,
             report=f"{item.reports}/report.md",
@@ -131,10 +129,19 @@ def _rows(item: Item) -> Iterator[Row]:
             bits=_bits(item.output.result.tensor_kinds),
             where=(provenance.provider if provenance else None) or "not run",
             verdict=validation.verdict if validation else "not validated",
-            kl_divergence=f"{kl} ± {error:.2g}" if error is not None else kl,
-            top1=f"{100 * top1:.1f} %" if top1 is not None else _NOT_MEASURED,
-            perplexity=text.number(ratio) if ratio is not None else _NOT_MEASURED,
+            kl_divergence=_figure(metrics, "kl_divergence.mean"),
+            top1=_NOT_MEASURED if top1 is None else _percentage(top1, spread),
+            perplexity=_figure(metrics, "perplexity.ratio"),
         )
+
+
+def _figure(metrics: Mapping[str, float | None], name: str) -> str:
+    value = metrics.get(name)
+    return _NOT_MEASURED if value is None else text.with_error(value, known_error(metrics, name))
+
+
+def _percentage(share: float, error: float | None) -> str:
+    return f"{100 * share:.1f} %" if error is None else f"{100 * share:.1f} ± {100 * error:.1f} %"
 
 
 def _bits(kinds: Iterable[TensorKindRecord]) -> str:

@@ -31,11 +31,13 @@ def _validation(validation: Validation) -> list[str]:
         f"**{_escape(validation.stage)}** of {_escape(validation.artifact)}: "
         f"{_escape(validation.verdict)}; tokens {_escape(str(measurement.tokens))}",
     ]
-    failures = text.failures(validation)
-    if failures:
-        lines += ["", *(f"- {_escape(failure)}" for failure in failures)]
+    remarks = text.failures(validation) + text.close_gates(validation)
+    if remarks:
+        lines += ["", *(f"- {_escape(remark)}" for remark in remarks)]
     if measurement.status == "measured":
         lines += ["", *_metrics(validation)]
+        about = text.about_errors(measurement)
+        lines += ["", about] if about else []
         layers = text.worst_layer(measurement) or measurement.layers_note
         lines += ["", _escape(layers)] if layers else []
     if measurement.checks:
@@ -63,15 +65,16 @@ def _metrics(validation: Validation) -> list[str]:
     rows: list[Sequence[str]] = [
         (
             METRICS[gate.metric].title,
-            text.number(gate.measured),
+            text.with_error(gate.measured, gate.standard_error),
             f"{gate.bound} {text.limit(gate.limit)}",
             _MARKS["passed" if gate.passed else "failed"],
         )
         for gate in gates
     ]
+    measurement = validation.measurement
     rows += [
-        (METRICS[name].title if name in METRICS else name, text.number(value), "", "")
-        for name, value in text.accuracy(validation.measurement).items()
+        (METRICS[name].title if name in METRICS else name, text.metric(measurement, name), "", "")
+        for name in text.accuracy(measurement)
         if name not in shown
     ]
     return _table(("metric", "measured", "gate", ""), rows)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from phiconv.metrics.paired import PositionValues
+    from phiconv.metrics.positions import PositionValues
     from phiconv.report.results import Validation
 
 POSITIONS = "positions.npz"
@@ -69,7 +69,7 @@ def read_positions(file: Path, validation: Validation) -> PositionValues:
     """
     import numpy as np
 
-    from phiconv.metrics.paired import PositionValues
+    from phiconv.metrics.positions import PositionValues
 
     if not file.is_file():
         raise PositionsError(f"there is no {file}")

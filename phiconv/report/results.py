@@ -238,6 +238,7 @@ class GateResult:
     Attributes:
         built_in: Whether it holds because nobody set another: see `phiconv.gates.BUILT_IN`.
         detail: What the check found that the metric counts, shortened to a line; else empty.
+        standard_error: Of what was measured; None where it is not known.
     """
 
     metric: str
@@ -249,13 +250,22 @@ class GateResult:
     tokens: str
     built_in: bool = False
     detail: str = ""
+    standard_error: float | None = None
+
+    @property
+    def close(self) -> bool:
+        """Whether it passed by less than the standard error: other texts might turn it."""
+        if not self.passed or self.measured is None or self.standard_error is None:
+            return False
+        return abs(self.measured - self.limit) < self.standard_error
 
     def __str__(self) -> str:
         measured, limit = self._figures()
         verb = "passed" if self.passed else "failed"
         detail = f": {self.detail}" if self.detail and not self.passed else ""
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
         return (
-            f"{verb}: {self.metric} measured {measured}, limit {self.bound} {limit}, "
+            f"{verb}: {self.metric} measured {measured}{error}, limit {self.bound} {limit}, "
             f"provider {self.provider}, tokens {self.tokens}{detail}"
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from phiconv.metrics import STANDARD_ERRORS, known_error
+from phiconv.metrics.standard_error import FEWEST_WINDOWS
 from phiconv.report.results import (
     CheckState,
     KnownLimit,
@@ -45,6 +47,40 @@ def number(value: float | None) -> str:
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.3e}"
     return f"{value:.4g}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A measured value and, where it is known, its standard error: `0.01374 ± 0.00073`."""
+    return number(value) if error is None else f"{number(value)} ± {error:.2g}"
+
+
+def metric(measurement: Measurement, name: str) -> str:
+    """A metric of a measurement with its standard error."""
+    metrics = measurement.metrics
+    return with_error(metrics.get(name), known_error(metrics, name))
+
+
+def about_errors(measurement: Measurement) -> str:
+    """What ± stands for; empty where no metric has one."""
+    if not any(known_error(measurement.metrics, name) is not None for name in measurement.metrics):
+        return ""
+    windows = measurement.tokens.windows
+    if windows < FEWEST_WINDOWS:
+        return (
+            f"± standard error, positions taken for independent: too small, but fewer than "
+            f"{FEWEST_WINDOWS} windows tell no better"
+        )
+    return f"± standard error, each of the {windows} windows one draw"
+
+
+def close_gates(validation: Validation) -> list[str]:
+    """One line a gate that passed by less than the standard error."""
+    return [
+        f"close: {gate.metric} passed {gate.bound} {limit(gate.limit)} by less than its standard "
+        f"error ({with_error(gate.measured, gate.standard_error)}): more windows would tell"
+        for gate in validation.gates
+        if gate.close
+    ]
 
 
 def worst_layer(measurement: Measurement) -> str:
@@ -102,9 +138,9 @@ def headline(result: RunResult) -> str:
 
 
 def accuracy(measurement: Measurement) -> dict[str, float | None]:
-    """The metrics but for those that count what a check found, which stands with the checks."""
-    counted = {name for check in measurement.checks for name in check.metrics}
-    return {name: value for name, value in measurement.metrics.items() if name not in counted}
+    """The metrics but for those that stand elsewhere: counts with the checks, errors after ±."""
+    elsewhere = STANDARD_ERRORS.union(*(check.metrics for check in measurement.checks))
+    return {name: value for name, value in measurement.metrics.items() if name not in elsewhere}
 
 
 def failures(validation: Validation) -> list[str]:

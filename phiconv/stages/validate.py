@@ -112,7 +112,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
@@ -333,7 +333,6 @@ def _measure(
 
     folder = ArtifactFolder(_artifact(params, ctx), ctx.checkpoint.config.head_dim, ctx.checkpoint)
     head = LanguageModelHead(ctx.checkpoint, device=params.reference_device, threads=ctx.threads)
-    shape = reference.windows.shape
     runtime = RUNTIMES[params.runtime](folder, choice, ctx.threads)
     positions = compare_windows(
         reference.windows,
@@ -344,15 +343,14 @@ def _measure(
     metrics: dict[str, float | None] = {**summarise(positions)}
     if isinstance(runtime, GeneratingRuntime):
         metrics |= generation_metrics(runtime, params, reference.windows, head, ctx)
-    _save_positions(ctx.out / POSITIONS, positions, shape)
-    kl_divergence = positions.kl_divergence.reshape(shape)
+    _save_positions(ctx.out / POSITIONS, positions)
     return Measurement(
         status="measured",
         tokens=reference.tokens,
         provenance=runtime.provenance(),
         metrics=metrics,
-        kl_histogram=kl_histogram(kl_divergence),
-        kl_by_position=kl_by_position(kl_divergence),
+        kl_histogram=kl_histogram(positions.kl_divergence),
+        kl_by_position=kl_by_position(positions.kl_divergence),
         length_probes=_probed(runtime, params, head, limits, ctx),
     )
 
@@ -375,14 +373,14 @@ def _probed(
     return length_probes.measure(runtime, references, head, limits)
 
 
-def _save_positions(file: Path, positions: PositionStatistics, shape: tuple[int, ...]) -> None:
+def _save_positions(file: Path, positions: PositionStatistics) -> None:
     """Per-position values [n, T], which a report takes over (phiconv/report/positions.py)."""
     import numpy as np
 
     np.savez(
         file,
-        kl_divergence=positions.kl_divergence.astype(np.float32).reshape(shape),
-        top1_equal=positions.top1_equal.reshape(shape),
-        reference_log_probability=positions.reference_log_probability.reshape(shape),
-        candidate_log_probability=positions.candidate_log_probability.reshape(shape),
+        kl_divergence=positions.kl_divergence.astype(np.float32),
+        top1_equal=positions.top1_equal,
+        reference_log_probability=positions.reference_log_probability,
+        candidate_log_probability=positions.candidate_log_probability,
     )

