@@ -200,7 +200,7 @@ def test_sessions_remove_themselves(workspace: Workspace) -> None:
 def other_process(workspace: Workspace, body: str) -> Iterator[subprocess.Popen[str]]:
     """A process with a session of its own; it says `ready` and then waits for a line."""
     program = f"""
-import sys
+import sys, time
 from pathlib import Path
 from phiconv.workspace import Workspace
 from phiconv.workspace.session import open_session
@@ -244,6 +244,8 @@ def test_the_second_process_waits_for_the_lock(workspace: Workspace) -> None:
     with session.lock({KEY!r}):
         print("ready", flush=True)
         sys.stdin.readline()
+        time.sleep(0.2)
+        (session.workspace.home / "done").touch()
     """
     waited: list[bool] = []
     with open_session(workspace) as session, other_process(workspace, body) as process:
@@ -255,7 +257,9 @@ def test_the_second_process_waits_for_the_lock(workspace: Workspace) -> None:
             process.stdin.flush()
 
         with session.lock(KEY, on_wait):
-            pass
+            assert (workspace.home / "done").exists()
+            with workspace.try_lock(KEY) as held:
+                assert not held
         with session.lock(KEY, on_wait):
             pass
     assert waited == [True]
@@ -307,6 +311,22 @@ def test_keeps_what_another_build_may_be_using(workspace: Workspace) -> None:
             assert [entry.key for entry in done.entries] == [other]
             assert done.in_use == 1
         assert [entry.key for entry in collect(session, max_bytes=0).entries] == [KEY]
+
+
+def test_keeps_what_the_oldest_of_several_builds_may_be_using(workspace: Workspace) -> None:
+    body = f"""
+    session.find("onnx", {KEY!r})
+    print("ready", flush=True)
+    sys.stdin.readline()
+    """
+    with open_session(workspace) as session:
+        entry = publish(session, {"a": b"x"})
+        with other_process(workspace, body):
+            used = entry.used
+            with other_process(workspace, body.replace(KEY, "cd" + KEY[2:])):
+                assert entry.used == used, "the younger one has not touched it"
+                done = collect(session, max_bytes=0)
+    assert (done.entries, done.in_use) == ((), 1)
 
 
 @pytest.mark.parametrize(
