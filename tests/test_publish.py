@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -368,6 +369,16 @@ def test_to_another_file_system_is_copied(
     assert copied.read_bytes() == data
     assert copied.stat().st_nlink == 1
     assert copied.stat().st_mtime_ns == kept.stat().st_mtime_ns
+
+
+def test_to_another_disk_is_copied(session: Session, tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+        entry = put(session, Path(elsewhere) / "out", {"a.bin": b"abc"})
+        assert placed(session) == entry.folder / "artifact"
+        assert_whole(Path(elsewhere) / "out")
 
 
 def test_collection_counts_what_was_moved_as_the_users(

@@ -237,6 +237,8 @@ def test_what_a_killed_process_left_is_swept_and_what_a_live_one_has_is_not(
         process.wait()
         with open_session(workspace) as session:
             assert [path.name for path in workspace.sessions.iterdir()] == [session.folder.name]
+        assert list(workspace.sessions.iterdir()) == []
+        assert list(workspace.locks.iterdir()) == [], "of sessions that are no more"
 
 
 def test_the_second_process_waits_for_the_lock(workspace: Workspace) -> None:

@@ -104,17 +104,14 @@ def open_session(workspace: Workspace) -> Iterator[Session]:
     _forget_lock(workspace, name)
 
 
-def sweep(workspace: Workspace) -> int:
-    """Removes the folders of sessions that are no more; returns how many."""
-    swept = 0
+def sweep(workspace: Workspace) -> None:
+    """Removes the folders of sessions that are no more."""
     for folder in workspace.sessions.iterdir():
         with workspace.try_lock(_lock_name(folder.name)) as held:
             if held:
                 remove_tree(folder)
-                swept += 1
         if held:
             _forget_lock(workspace, folder.name)
-    return swept
 
 
 def oldest_start(workspace: Workspace, but: str) -> float | None:
