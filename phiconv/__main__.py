@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 
-from phiconv.cli import main as command_line
+_STOPPED = (130, 143)
 
 
 def main() -> None:
@@ -16,9 +18,29 @@ def main() -> None:
     """
     gc.set_threshold(100_000, 20, 20)
     try:
+        from phiconv.cli import main as command_line
+
         command_line()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        _leave(130)
+    except SystemExit as ended:
+        if ended.code in _STOPPED:
+            _leave(ended.code)
+        raise
     finally:
         gc.freeze()
+
+
+def _leave(code: int) -> None:
+    """Ends the process at once, everything having been put in order.
+
+    A signal comes anywhere, such as in the middle of importing torch. Python's own end would wait
+    for threads, and run what packages registered for it in that state: that may crash.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

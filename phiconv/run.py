@@ -99,12 +99,17 @@ def open_checkpoint(
 
 
 def _preload(recipe: Recipe) -> None:
-    """Imports what the stages need, and makes what the report needs."""
-    for use in recipe.stages:
-        _preload_stage(use.stage)
-    from phiconv.report.html import load_templates
+    """Imports what the stages need, and makes what the report needs; in a thread of its own.
 
-    load_templates()
+    Whatever fails here fails again where it is needed, and is said there. An interrupt makes
+    imports fail in any way.
+    """
+    with suppress(Exception):
+        for use in recipe.stages:
+            _preload_stage(use.stage)
+        from phiconv.report.html import load_templates
+
+        load_templates()
 
 
 def _preload_stage(stage: Stage) -> None:

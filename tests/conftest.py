@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,12 +35,10 @@ def phiconv(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Terminal]:
     """The command line, offline, in the module's workspace."""
-    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("PHICONV_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)  # it adds lines for annotations
     yield Terminal(capsys)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ a function in the module of its topic and a name in `COMMANDS`.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ import click
 
 from phiconv import __version__
 from phiconv.cli.artifact import inspect
-from phiconv.cli.boundary import Settings, boundary, terminate
+from phiconv.cli.boundary import Settings, boundary
 from phiconv.cli.diagnosis import diagnose
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
@@ -66,7 +65,6 @@ for _command in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its documented code."""
     settings = Settings()
-    signal.signal(signal.SIGTERM, terminate)
     with boundary(settings):
         code = cli.main(args=arguments, prog_name="phiconv", standalone_mode=False, obj=settings)
         sys.exit(code if isinstance(code, int) else 0)

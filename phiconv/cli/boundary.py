@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 
 import click
 
+from phiconv.cli.signals import (
+    INTERRUPTED_CODE,
+    TERMINATED_CODE,
+    TerminatedError,
+    signals_handled,
+)
 from phiconv.errors import PhiconvError
 
 USAGE_CODE = 2
 UNEXPECTED_CODE = 3
-INTERRUPTED_CODE = 128 + signal.SIGINT
-TERMINATED_CODE = 128 + signal.SIGTERM
 DEBUG_VARIABLE = "PHICONV_DEBUG"
 
 
@@ -28,52 +30,44 @@ class Settings:
     verbose: bool = field(default_factory=lambda: bool(os.environ.get(DEBUG_VARIABLE)))
 
 
-class TerminatedError(BaseException):
-    """SIGTERM came; not an `Exception`, so that only clean-up code sees it."""
-
-
-def terminate(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGTERM."""
-    raise TerminatedError
-
-
 @contextmanager
 def boundary(settings: Settings) -> Iterator[None]:
     """Turns whatever ends a command into a message on stderr and an exit code."""
-    try:
-        yield
-    except PhiconvError as error:
-        from phiconv.cli.annotations import annotate
-        from phiconv.summary import error_text
+    with signals_handled():
+        try:
+            yield
+        except PhiconvError as error:
+            from phiconv.cli.annotations import annotate
+            from phiconv.summary import error_text
 
-        if settings.verbose:
-            _print_traceback()
-        click.echo(error_text(error), err=True)
-        annotate(error)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(USAGE_CODE)
-    except click.Abort as stop:
-        # What click makes of a KeyboardInterrupt; but also of an EOFError, from wherever it comes.
-        if isinstance(stop.__cause__, EOFError):
-            _unexpected(stop.__cause__, settings)
+            if settings.verbose:
+                _print_traceback()
+            click.echo(error_text(error), err=True)
+            annotate(error)
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(USAGE_CODE)
+        except click.Abort as stop:
+            # What click makes of a KeyboardInterrupt, but also of an EOFError from anywhere.
+            if isinstance(stop.__cause__, EOFError):
+                _unexpected(stop.__cause__, settings)
+                sys.exit(UNEXPECTED_CODE)
+            _say_stopped("interrupted", stop.__cause__ or stop)
+            sys.exit(INTERRUPTED_CODE)
+        except KeyboardInterrupt as stop:
+            _say_stopped("interrupted", stop)
+            sys.exit(INTERRUPTED_CODE)
+        except TerminatedError as stop:
+            _say_stopped("terminated", stop)
+            sys.exit(TERMINATED_CODE)
+        except BrokenPipeError:
+            # The reader of our output left; say nothing more, also not when Python flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except Exception as error:
+            _unexpected(error, settings)
             sys.exit(UNEXPECTED_CODE)
-        _say_stopped("interrupted", stop.__cause__ or stop)
-        sys.exit(INTERRUPTED_CODE)
-    except KeyboardInterrupt as stop:
-        _say_stopped("interrupted", stop)
-        sys.exit(INTERRUPTED_CODE)
-    except TerminatedError as stop:
-        _say_stopped("terminated", stop)
-        sys.exit(TERMINATED_CODE)
-    except BrokenPipeError:
-        # The reader of our output left; say nothing more, also not when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except Exception as error:
-        _unexpected(error, settings)
-        sys.exit(UNEXPECTED_CODE)
 
 
 def _say_stopped(how: str, stop: BaseException) -> None:
