@@ -11,6 +11,7 @@ from phiconv.errors import RecipeError
 from phiconv.publish import REPORT
 from phiconv.report import REPORT_HTML, REPORT_JSON
 from phiconv.report.results import RunResult
+from phiconv.workspace.disk import rename_over
 
 INDEX = "index.html"
 _MARK = '<meta name="generator" content="phiconv">'
@@ -89,7 +90,7 @@ def write_index(page: Path, results: Mapping[Path, RunResult]) -> None:
     text = index_html({_link(file, page): result for file, result in results.items()})
     partial = page.with_name(f".{page.name}.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(page)
+    rename_over(partial, page)
 
 
 def _link(file: Path, page: Path) -> str:

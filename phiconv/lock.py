@@ -29,6 +29,7 @@ from phiconv.recipe import Overrides, Recipe
 from phiconv.recipe.model import RecipeText
 from phiconv.stages.registry import STAGES
 from phiconv.stages.stage import JSON, MEASUREMENT
+from phiconv.workspace.disk import rename_over
 
 if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
@@ -211,7 +212,7 @@ def write_lock(plan: Plan) -> tuple[Path, list[Difference] | None]:
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             temporary.write_text(lock.text(), encoding="utf-8", newline="\n")
-            temporary.replace(file)
+            rename_over(temporary, file)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

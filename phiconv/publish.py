@@ -20,7 +20,7 @@ from typing import Any
 from phiconv.errors import PhiconvError, RecipeError, StageError
 from phiconv.stages.stage import JSON
 from phiconv.workspace import Entry, Session
-from phiconv.workspace.disk import flush_file, flush_folder
+from phiconv.workspace.disk import flush_file, flush_folder, rename
 from phiconv.workspace.entry import unchanged
 from phiconv.workspace.lending import lend, may_lend, reclaim, take_back
 from phiconv.workspace.store import remove_tree
@@ -276,13 +276,13 @@ def _swap(out: Path, new: Path, artifact: Path | None) -> None:
     try:
         for source, target in moves:
             if source.exists():
-                source.rename(target)
+                rename(source, target)
                 done.append((source, target))
         flush_folder(out)
     except OSError as error:
         for source, target in reversed(done):
             with suppress(OSError):
-                target.rename(source)
+                rename(target, source)
         (out / _JOURNAL).unlink()
         raise _in_use(error) from error
 

@@ -106,7 +106,7 @@ def read_texts(spec: str | Path, *, packaged: Packaged = "validation") -> list[T
     on_hub = hub_file(str(spec))
     path = _download(on_hub) if on_hub else Path(spec)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"the text file cannot be read: {error}",

@@ -13,6 +13,9 @@ import numpy.typing as npt
 CHUNK_BYTES = 2 << 20
 """A job's input: small enough to stay in the second-level cache between reading and computing."""
 
+# On Windows Ctrl+C does not end a wait, and is noticed only behind it.
+_INTERRUPTIBLE_SECONDS = 0.5
+
 
 class ThreadBuffers:
     """Arrays that live as long as their thread, so that a job allocates nothing."""
@@ -62,7 +65,9 @@ def run_all(tasks: Iterable[Callable[[], None]], threads: int) -> None:
     pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="phiconv-write")
     try:
         futures = [pool.submit(task) for task in tasks]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        done, rest = wait(futures, _INTERRUPTIBLE_SECONDS, FIRST_EXCEPTION)
+        while rest and not any(future.exception() for future in done):
+            done, rest = wait(futures, _INTERRUPTIBLE_SECONDS, FIRST_EXCEPTION)
         for future in done:
             future.result()
     finally:

@@ -168,6 +168,7 @@ def test_a_file_in_use_leaves_everything_as_it_was(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse_once)
+    monkeypatch.setattr("phiconv.workspace.disk._PATIENCE_SECONDS", 0.0)
     with pytest.raises(PhiconvError, match="cannot be replaced: in use"):
         publish(out, entry, write_report, {}, session)
     assert files_in(out) == before

@@ -39,6 +39,19 @@ def stream(checkpoint: Checkpoint) -> list[int]:
     return ids
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "txt"])
+def test_what_windows_adds_to_a_text_file_is_no_text(tmp_path: Path, suffix: str) -> None:
+    content = {
+        "jsonl": '{"text": "one\\ntwo"}\n{"text": "three"}\n',
+        "json": '[\n{"text": "one"}\n]\n',
+        "txt": "one\ntwo\n",
+    }[suffix]
+    plain, windows = tmp_path / f"plain.{suffix}", tmp_path / f"windows.{suffix}"
+    plain.write_bytes(content.encode())
+    windows.write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+    assert text_digest(read_texts(windows)) == text_digest(read_texts(plain))
+
+
 def test_windows_are_even_chunks_of_the_whole_stream(
     checkpoint: Checkpoint, texts_file: Path
 ) -> None:

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from phiconv.errors import EnvironmentLacksError, RecipeError, StageError
 from phiconv.units import size_text
 from phiconv.workspace import Entry, Session, Workspace
 from phiconv.workspace.collect import collect, parse_duration, parse_size
-from phiconv.workspace.disk import disk_full, free_bytes, same_device
+from phiconv.workspace.disk import disk_full, free_bytes, rename, rename_over, same_device
 from phiconv.workspace.entry import read_manifest
 from phiconv.workspace.session import open_session
+from phiconv.workspace.store import remove_tree
 
 KEY = "ab" + "0" * 62
 
@@ -409,3 +411,71 @@ def test_collects_unfinished_work_that_nobody_is_at(session: Session) -> None:
         assert collect(session).unfinished == ()
     assert len(collect(session).unfinished) == 1
     assert list(session.workspace.unfinished.iterdir()) == []
+
+
+def test_a_rename_waits_for_who_has_just_opened_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phiconv.workspace.disk._OPEN_FILES_STAY", True)
+    refusals = 3
+    move = Path.replace
+
+    def scanned(self: Path, target: Path) -> Path:
+        nonlocal refusals
+        refusals -= 1
+        if refusals >= 0:
+            raise PermissionError(13, "Access is denied", str(self))
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", scanned)
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "new").write_bytes(b"new")
+    rename_over(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old").read_bytes() == b"new"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_rename_gives_up_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    monkeypatch.setattr("phiconv.workspace.disk._OPEN_FILES_STAY", patient)
+    monkeypatch.setattr("phiconv.workspace.disk._PATIENCE_SECONDS", 0.05)
+    tries = 0
+
+    def refuse(self: Path, target: Path) -> Path:
+        nonlocal tries
+        tries += 1
+        raise PermissionError(13, "Access is denied", str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        rename(tmp_path / "a", tmp_path / "b")
+    assert (tries > 1) is patient
+
+
+@pytest.mark.skipif(sys.platform != "win32", reason="other systems rename what is open")
+def test_a_rename_of_what_is_open_succeeds_once_it_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    file = (tmp_path / "from" / "file").open("wb")
+    closing = threading.Timer(0.2, file.close)
+    closing.start()
+    rename(tmp_path / "from", tmp_path / "to")
+    closing.join()
+    assert (tmp_path / "to" / "file").is_file()
+
+
+def test_read_only_files_and_folders_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"x")
+    outside.chmod(0o444)
+    (folder / "inner" / "file").write_bytes(b"x")
+    (folder / "inner" / "file").chmod(0o444)
+    with suppress(OSError):  # Windows makes links for the privileged only
+        (folder / "inner" / "link").symlink_to(outside)
+    (folder / "inner").chmod(0o555)
+    remove_tree(folder)
+    assert not folder.exists()
+    assert not outside.stat().st_mode & 0o222

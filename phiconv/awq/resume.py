@@ -20,7 +20,7 @@ from phiconv.checkpoint.overlay import CalibrationTokens, Overlay, Rounding
 from phiconv.checkpoint.rounded import RoundedFile, RoundedWriter
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.runtimes.activations import Boundary
-from phiconv.workspace.disk import flush_file, flush_folder
+from phiconv.workspace.disk import flush_file, flush_folder, rename, rename_over
 from phiconv.workspace.store import remove_tree
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ class FinishedLayers:
         for file in partial.iterdir():
             flush_file(file)
         flush_folder(partial)
-        partial.rename(self._layer(layer))
+        rename(partial, self._layer(layer))
         half = self.folder / "stream.partial"
         with half.open("wb") as handle:
             np.save(handle, behind.stream.cpu().numpy(), allow_pickle=False)
         flush_file(half)
-        half.replace(self._stream(behind.layer))
+        rename_over(half, self._stream(behind.layer))
         flush_folder(self.folder)
         _remove(self._stream(layer))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,28 @@ class Settings:
     verbose: bool = field(default_factory=lambda: bool(os.environ.get(DEBUG_VARIABLE)))
 
 
+<<<<<<< Updated upstream
+=======
+class TerminatedError(BaseException):
+    """SIGTERM came; not an `Exception`, so that only clean-up code sees it."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGTERM."""
+    raise TerminatedError
+
+
+def spell_out_on_stdout() -> None:
+    """Lets stdout spell out what its encoding lacks, as stderr does, instead of raising an error.
+
+    On Windows a pipe or a file has the encoding of the country: a path, or a name in an artifact,
+    may well hold other letters.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+>>>>>>> Stashed changes
 @contextmanager
 def boundary(settings: Settings) -> Iterator[None]:
     """Turns whatever ends a command into a message on stderr and an exit code."""

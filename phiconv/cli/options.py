@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -96,5 +97,6 @@ def overrides(
 
 
 def print_json(document: Any) -> None:
-    """Prints a document on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    """Prints a document on stdout; in ASCII where stdout is not UTF-8, as on Windows in a pipe."""
+    readable = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(document, indent=2, ensure_ascii=not readable))

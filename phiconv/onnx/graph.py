@@ -61,7 +61,7 @@ class OnnxGraph:
         proto = ir.serde.serialize_model(self.model)
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         document = json.dumps(plan.to_json(self.weights), indent=0, sort_keys=True)
-        (folder / WEIGHTS_FILE).write_text(document, encoding="utf-8")
+        (folder / WEIGHTS_FILE).write_text(document, encoding="utf-8", newline="\n")
         if self.overlay is not None:
             (folder / OVERLAY_KEY_FILE).write_text(self.overlay, encoding="utf-8")
         if self.genai is not None and self.genai != folder / GENAI_FOLDER:

@@ -24,7 +24,7 @@ from phiconv.verify.folder import verify
 from phiconv.verify.listing import list_folder
 from phiconv.verify.sums import SUMS, parse_sums, render_sums
 from phiconv.workspace import Workspace
-from phiconv.workspace.disk import disk_full, flush_file, flush_folder
+from phiconv.workspace.disk import disk_full, flush_file, flush_folder, rename
 from phiconv.workspace.entry import sha256_file
 from phiconv.workspace.store import remove_tree
 
@@ -206,12 +206,12 @@ def _swap(new: Path, place: Path, old: Path) -> None:
     try:
         if place.exists():
             remove_tree(old)
-            place.rename(old)
-        new.rename(place)
+            rename(place, old)
+        rename(new, place)
     except OSError as error:
         if not place.exists():
             with suppress(OSError):
-                old.rename(place)
+                rename(old, place)
         raise StageError(
             f"the release cannot be put in place: {error.strerror}",
             where=str(place),

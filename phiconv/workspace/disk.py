@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from phiconv.errors import EnvironmentLacksError
 from phiconv.units import size_text
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_OPEN_FILES_STAY = os.name == "nt"
+_PATIENCE_SECONDS = 3.0
 
 
 def existing_parent(path: Path) -> Path:
@@ -73,3 +77,33 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or a folder to what is not there yet, patiently; see `rename_over`."""
+    _patiently(lambda: source.rename(target))
+
+
+def rename_over(source: Path, target: Path) -> None:
+    """Puts a file in the place of another.
+
+    Windows renames no file that is open, and no folder in which one is. Virus scanners and
+    indexers open what was just written, for a moment: so it is tried again for a few seconds.
+
+    Raises:
+        OSError: Such as a file that stays open.
+    """
+    _patiently(lambda: source.replace(target))
+
+
+def _patiently(move: Callable[[], object]) -> None:
+    end, pause = time.monotonic() + _PATIENCE_SECONDS, 0.01
+    while True:
+        try:
+            move()
+            return
+        except PermissionError:
+            if not _OPEN_FILES_STAY or time.monotonic() >= end:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)

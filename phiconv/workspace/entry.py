@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from phiconv.errors import StageError
-from phiconv.workspace.disk import flush_file, flush_folder
+from phiconv.workspace.disk import flush_file, flush_folder, rename_over
 
 ARTIFACT = "artifact"
 MANIFEST = "manifest.json"
@@ -148,9 +148,9 @@ def write_manifest(entry: Entry) -> None:
     del document["folder"]
     text = json.dumps({"manifest": MANIFEST_VERSION, **document}, indent=1, sort_keys=True)
     partial = entry.folder / (MANIFEST + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(text + "\n", encoding="utf-8", newline="\n")
     flush_file(partial)
-    partial.replace(entry.folder / MANIFEST)
+    rename_over(partial, entry.folder / MANIFEST)
     flush_folder(entry.folder)
 
 

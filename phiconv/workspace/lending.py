@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from phiconv.workspace.disk import flush_file, flush_folder, same_device
+from phiconv.workspace.disk import flush_file, flush_folder, rename, same_device
 from phiconv.workspace.entry import ARTIFACT, Entry, read_manifest, unchanged, write_manifest
 from phiconv.workspace.session import Session, oldest_start
 from phiconv.workspace.store import Workspace
@@ -87,7 +87,7 @@ def take_back(session: Session, entry: Entry) -> Entry | None:
             flush_file(target)
         for made in {path.parent for path in (folder / ARTIFACT).rglob("*")}:
             flush_folder(made)
-        (folder / ARTIFACT).rename(entry.folder / ARTIFACT)
+        rename(folder / ARTIFACT, entry.folder / ARTIFACT)
     entry = replace(entry, lent_to=None)
     write_manifest(entry)
     return entry
@@ -106,7 +106,7 @@ def reclaim(workspace: Workspace, place: Path, artifact: Path) -> None:
             known = read_manifest(entry.folder) if held else None
             if known is not None and known.is_lent and known.lent_to == str(place):
                 with suppress(OSError):
-                    artifact.rename(entry.folder / ARTIFACT)
+                    rename(artifact, entry.folder / ARTIFACT)
                     write_manifest(replace(known, lent_to=None))
 
 

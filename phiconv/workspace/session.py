@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phiconv.workspace.disk import flush_folder
+from phiconv.workspace.disk import flush_folder, rename
 from phiconv.workspace.entry import ARTIFACT, Entry, stamp_files, write_manifest
 from phiconv.workspace.store import Workspace, remove_tree
 
@@ -72,14 +72,14 @@ class Session:
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
             self.discard(final)
-        entry.folder.rename(final)
+        rename(entry.folder, final)
         flush_folder(final.parent)
         return replace(entry, folder=final)
 
     def discard(self, folder: Path) -> None:
         """Takes an entry out of the store in one step, then removes it."""
         aside = self.folder / uuid.uuid4().hex
-        folder.rename(aside)
+        rename(folder, aside)
         remove_tree(aside)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -156,4 +157,12 @@ class Workspace:
 
 def remove_tree(folder: Path) -> None:
     """Removes a folder; what another process removes meanwhile, or holds open, is let be."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.is_dir():
+        return
+    # Windows removes no read-only file, other systems nothing from a read-only folder.
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            with suppress(OSError):
+                path.chmod(path.stat().st_mode | stat.S_IRWXU)
     shutil.rmtree(folder, ignore_errors=True)

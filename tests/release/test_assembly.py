@@ -135,6 +135,7 @@ def test_a_place_in_use_keeps_the_old_release(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr("phiconv.workspace.disk._PATIENCE_SECONDS", 0.0)
     with pytest.raises(StageError, match="in use"):
         make()
     monkeypatch.undo()
