@@ -75,7 +75,6 @@ class ModelConfig:
         eos_token_ids: The tokens that end a sequence, first the config's own.
         pad_token_id: Padding token.
         hidden_act: The MLP's activation function.
-        attention_bias: Always False: transformers' Phi-3 has no biases.
         quantization: How the weights are quantized already; None where they are not.
     """
 
@@ -100,7 +99,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     hidden_act: str
-    attention_bias: bool
     quantization: StoredQuantization | None
 
     @classmethod
@@ -217,7 +215,6 @@ def _read(cls: type[ModelConfig], keys: ConfigKeys) -> ModelConfig:
         eos_token_ids=keys.token_ids("eos_token_id", (32000,)),
         pad_token_id=keys.optional_integer("pad_token_id", 32000, minimum=0),
         hidden_act=keys.text("hidden_act", "silu"),
-        attention_bias=False,
         quantization=read_quantization(keys),
     )
     if not keys.errors:

@@ -112,6 +112,24 @@ def test_configured_factors_go_before_derived_ones():
     assert (rope.factor, rope.attention_factor) == (8.0, 1.25)
 
 
+def test_longrope_that_lengthens_nothing_scales_nothing():
+    same = {"max_position_embeddings": 128, "original_max_position_embeddings": 128}
+    rope = read(**same, rope_scaling={"type": "longrope", **FACTORS}).rope
+    assert rope is not None
+    assert (rope.factor, rope.attention_factor) == (1.0, 1.0)
+
+
+def test_the_first_token_may_be_a_special_one():
+    config = read(bos_token_id=0, pad_token_id=0, eos_token_id=0)
+    assert (config.bos_token_id, config.pad_token_id, config.eos_token_ids) == (0, 0, (0,))
+
+
+def test_of_an_unsupported_model_nothing_else_is_told():
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM") as caught:
+        read(architectures=["LlamaForCausalLM"], vocab_size=None)
+    assert not isinstance(caught.value, CheckpointProblemsError)
+
+
 def test_partial_rotary_factor():
     config = read(partial_rotary_factor=0.75)
     assert (config.head_dim, config.rotary_dim) == (32, 24)
