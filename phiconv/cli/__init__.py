@@ -13,11 +13,7 @@ import click
 
 from phiconv import __version__
 from phiconv.cli.artifact import inspect
-<<<<<<< Updated upstream
-from phiconv.cli.boundary import Settings, boundary
-=======
-from phiconv.cli.boundary import Settings, boundary, spell_out_on_stdout, terminate
->>>>>>> Stashed changes
+from phiconv.cli.boundary import Settings, boundary, spell_out_on_stdout
 from phiconv.cli.diagnosis import diagnose
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
@@ -69,13 +65,7 @@ for _command in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its documented code."""
     settings = Settings()
-<<<<<<< Updated upstream
-=======
-    signal.signal(signal.SIGTERM, terminate)
-    if sys.platform == "win32":  # Ctrl+Break: what Windows has to end a process that may clean up
-        signal.signal(signal.SIGBREAK, terminate)
     spell_out_on_stdout()
->>>>>>> Stashed changes
     with boundary(settings):
         code = cli.main(args=arguments, prog_name="phiconv", standalone_mode=False, obj=settings)
         sys.exit(code if isinstance(code, int) else 0)

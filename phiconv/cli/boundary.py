@@ -31,17 +31,6 @@ class Settings:
     verbose: bool = field(default_factory=lambda: bool(os.environ.get(DEBUG_VARIABLE)))
 
 
-<<<<<<< Updated upstream
-=======
-class TerminatedError(BaseException):
-    """SIGTERM came; not an `Exception`, so that only clean-up code sees it."""
-
-
-def terminate(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGTERM."""
-    raise TerminatedError
-
-
 def spell_out_on_stdout() -> None:
     """Lets stdout spell out what its encoding lacks, as stderr does, instead of raising an error.
 
@@ -52,7 +41,6 @@ def spell_out_on_stdout() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
->>>>>>> Stashed changes
 @contextmanager
 def boundary(settings: Settings) -> Iterator[None]:
     """Turns whatever ends a command into a message on stderr and an exit code."""

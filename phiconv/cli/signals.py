@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM end a command in order; the second one ends it at once."""
+"""SIGINT (Ctrl-C) and SIGTERM (on Windows also Ctrl-Break) end a command in order; the second one ends it at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from types import FrameType
 INTERRUPTED_CODE = 128 + signal.SIGINT
 TERMINATED_CODE = 128 + signal.SIGTERM
 
+_NUMBERS = [signal.SIGINT, signal.SIGTERM]
+if sys.platform == "win32":  # Ctrl+Break: what Windows has to end a process that may clean up
+    _NUMBERS.append(signal.SIGBREAK)
 _AGAIN_SECONDS = 0.02
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -47,7 +50,7 @@ def signals_handled() -> Iterator[None]:
     show = sys.unraisablehook
     before = {
         number: signal.signal(number, stop)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in _NUMBERS
         if signal.getsignal(number) != signal.SIG_IGN
     }
     sys.unraisablehook = again
@@ -71,4 +74,4 @@ def _end_at_once(number: int) -> None:
     message = "stopped at once; the next build removes what is half-made\n"
     cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
     os.write(2, (cursor + message).encode())
-    os._exit(128 + number)
+    os._exit(INTERRUPTED_CODE if number == signal.SIGINT else TERMINATED_CODE)
