@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM (on Windows also Ctrl-Break) end a command in order; the second one ends it at once."""
+"""Ctrl-C, SIGTERM and Windows' Ctrl-Break end a command in order, the second of them at once."""
 
 from __future__ import annotations
 
