@@ -90,11 +90,11 @@ def _read_gptq(section: ConfigKeys) -> StoredQuantization:
 
 
 def _group_size(section: ConfigKeys) -> int:
-    key = "group_size" if section.present("group_size") else "q_group_size"
-    size = section.integer(key, 128, minimum=-1)
-    if size == 0 or size < -1:
-        section.refuse("group_size", f"must be -1 or at least 1, not {size}")
-        return -1
+    size = section.optional_integer("group_size", minimum=-1)
+    if size is None:
+        size = section.integer("q_group_size", 128, minimum=-1)
+    if size == 0:
+        section.refuse("group_size", "must be -1 or at least 1, not 0")
     return size
 
 

@@ -226,3 +226,5 @@ def test_a_missing_file_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         digest_files([tmp_path / "x"], cache=DigestCache(tmp_path / "cache"))
     assert caught.value.where == str(tmp_path / "x")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        digest_files([tmp_path])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from phiconv.checkpoint import Checkpoint
+from phiconv.checkpoint import Checkpoint, CheckpointProblemsError
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.errors import CheckpointError
 from phiconv.kernels.matmulnbits import dequantize_rows, layout
@@ -120,6 +120,47 @@ def test_single_weights_can_have_a_grid_of_their_own(original: Path, tmp_path: P
     assert np.array_equal(checkpoint.read(f"{module}.weight"), eight.weights[f"{module}.weight"])
 
 
+def test_a_weight_of_neither_4_nor_8_bits_is_refused(original: Path, tmp_path: Path) -> None:
+    made = write_quantized(original, tmp_path / "q", method="gptq")
+    edit_quantization(made.path, dynamic={"+:.*": {"group_size": 32}})
+
+    def cut(tensors: dict[str, np.ndarray]) -> None:
+        for layer in (0, 1):
+            name = f"model.layers.{layer}.mlp.down_proj.qweight"
+            tensors[name] = tensors[name][:-1].copy()
+
+    edit_tensors(made.path, cut)
+    with pytest.raises(CheckpointProblemsError) as caught:
+        Checkpoint(made.path)
+    assert [error.message for error in caught.value.errors] == [
+        f"model.layers.{layer}.mlp.down_proj has neither 4 nor 8 bits a weight" for layer in (0, 1)
+    ]
+
+
+def test_arrays_of_another_shape_are_refused(original: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_quantized(original, tmp_path / "q", method="awq").path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    for out in (np.empty((7, 256), np.float32), np.empty((8, 256), np.float16)):
+        with pytest.raises(ValueError, match=r"float32 of shape \[8, 256\]"):
+            checkpoint.read_rows(name, 0, 8, out)
+    out = np.empty((8, 256), np.float32)
+    assert checkpoint.read_rows(name, 0, 8, out) is out
+    assert np.array_equal(out, checkpoint.read(name)[:8])
+    with pytest.raises(IndexError, match=r"has no rows \[250, 257\)"):
+        checkpoint.read_rows(name, 250, 257)
+    codes, scales = np.empty((8, 8, 16), np.uint8), np.empty((8, 8), np.float16)
+    zeros = np.empty((8, 4), np.uint8)
+    rounded = checkpoint.rounded
+    assert rounded is not None
+    rounded.read_rows(name, 0, packed=codes, scales=scales, zero_points=zeros)
+    with pytest.raises(ValueError, match="asymmetric"):
+        rounded.read_rows(name, 0, packed=codes, scales=scales, zero_points=None)
+    with pytest.raises(ValueError, match="codes of shape"):
+        rounded.read_rows(name, 0, packed=codes[:, :, :1], scales=scales, zero_points=zeros)
+    with pytest.raises(ValueError, match="codes of shape"):
+        rounded.read_rows(name, 0, packed=codes, scales=scales[:, :1], zero_points=zeros)
+
+
 def test_reading_is_thread_safe(original: Path, tmp_path: Path) -> None:
     made = write_quantized(original, tmp_path / "q", method="awq")
     checkpoint = Checkpoint(made.path)
@@ -168,7 +209,8 @@ def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], None]) ->
         ("awq", {"bits": 8}, "bits is 8: AWQ's layout gemm is for 4 bits"),
         ("awq", {"quant_method": "compressed-tensors"}, "quant_method is 'compressed-tensors'"),
         ("awq", {"quant_method": None}, "quant_method is ''"),
-        ("awq", {"group_size": 0}, "qkv_proj.* has groups of|is"),
+        ("awq", {"group_size": 0}, "config.group_size must be -1 or at least 1, not 0"),
+        ("gptq", {"group_size": -2}, "config.group_size must be at least -1, not -2"),
         ("awq", {"group_size": 24}, "groups of 24 features, which no block size of MatMulNBits"),
         ("awq", {"group_size": 64}, r"qkv_proj.qzeros is i32 \[8, 64\], not i32 \[4, 64\]"),
         ("gptq", {"bits": 3}, "bits is 3: MatMulNBits weights have 4 or 8"),
@@ -197,9 +239,36 @@ def drop(part: str) -> Callable[[dict[str, np.ndarray]], None]:
     return change
 
 
+def shift_groups(by: int) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.0.mlp.down_proj.g_idx"] += by
+
+    return change
+
+
+def cut_groups(tensors: dict[str, np.ndarray]) -> None:
+    name = "model.layers.0.mlp.down_proj.g_idx"
+    tensors[name] = tensors[name][:-1].copy()
+
+
+def float_groups(tensors: dict[str, np.ndarray]) -> None:
+    name = "model.layers.0.mlp.down_proj.g_idx"
+    tensors[name] = tensors[name].astype(np.float32)
+
+
+def integer_scales(tensors: dict[str, np.ndarray]) -> None:
+    name = "model.layers.0.mlp.down_proj.scales"
+    tensors[name] = tensors[name].astype(np.int32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (shift_groups(1), "down_proj.g_idx names groups that there are not"),
+        (shift_groups(-1), "down_proj.g_idx names groups that there are not"),
+        (cut_groups, r"down_proj.g_idx is i32 of shape \[255\], not i32 \[256\]"),
+        (float_groups, r"down_proj.g_idx is f32 of shape \[256\], not i32 \[256\]"),
+        (integer_scales, r"down_proj.scales is i32 \[8, 256\], not floating point \[8, 256\]"),
         (act_order, "down_proj was quantized with act-order .* do not lie together"),
         (drop("scales"), "missing tensors: 'model.layers.0.mlp.down_proj.scales'"),
         (drop("qzeros"), "missing tensors: 'model.layers.0.mlp.down_proj.qzeros'"),
