@@ -48,7 +48,8 @@ def subject_options(
             default="default",
             show_default=True,
             metavar="FILE",
-            help="Text or .jsonl file to measure on; default means phiconv's held-out texts.",
+            help="Text, .jsonl or .json file to measure on, or hub:ORG/NAME@COMMIT/FILE of a "
+            "dataset; default means phiconv's held-out texts.",
         ),
         click.option(
             "--windows",

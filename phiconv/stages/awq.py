@@ -40,8 +40,8 @@ class CalibrationParams(TokenSetParams):
     tokens: str = Field(
         "default",
         min_length=1,
-        description="default for the calibration texts that ship with phiconv, or a text or .jsonl "
-        "file (one object with a string text, or messages, a line), relative to the recipe's "
+        description="default for the calibration texts that ship with phiconv, or a .jsonl, .json "
+        "or text file (JSON: objects with a string text, or messages), relative to the recipe's "
         "folder, or hub:ORG/NAME@COMMIT/FILE for a .jsonl, .json or .txt file of a dataset.",
     )
     chat: bool = Field(

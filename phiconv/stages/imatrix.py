@@ -35,8 +35,9 @@ class ImatrixParams(TokenSetParams):
     tokens: str = Field(
         "default",
         min_length=1,
-        description="default for the calibration texts that ship with phiconv, or a text or .jsonl "
-        "file (one object with a string text a line), relative to the recipe's folder.",
+        description="default for the calibration texts that ship with phiconv, or a .jsonl, .json "
+        "or text file (JSON: objects with a string text), relative to the recipe's folder, or "
+        "hub:ORG/NAME@COMMIT/FILE for a .jsonl, .json or .txt file of a dataset.",
     )
     windows: int = Field(64, ge=1, description="How many windows, spread evenly over the texts.")
 

@@ -38,8 +38,9 @@ class TokenSetParams(BaseModel):
     tokens: str = Field(
         "default",
         min_length=1,
-        description="default for the held-out texts that ship with phiconv, or a text or .jsonl "
-        "file (one object with a string text a line), relative to the recipe's folder.",
+        description="default for the held-out texts that ship with phiconv, or a .jsonl, .json or "
+        "text file (JSON: objects with a string text), relative to the recipe's folder, or "
+        "hub:ORG/NAME@COMMIT/FILE for a .jsonl, .json or .txt file of a dataset.",
     )
     windows: int = Field(8, ge=1, description="How many windows, spread evenly over the texts.")
     window_length: int = Field(512, ge=2, description="Tokens a window.")
