@@ -16,6 +16,8 @@ _SAMPLE_SECONDS = 0.05
 # Set once objects are exempt from garbage collection; counting them would take 10 ms.
 _exempt = threading.Event()
 
+_importing = threading.RLock()
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -86,6 +88,17 @@ class Meter:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@contextmanager
+def importing_alone() -> Iterator[None]:
+    """Lets one thread at a time import of transformers what it has not imported yet.
+
+    Its modules import each other in circles. Where two threads are in one circle, Python keeps them
+    from waiting for each other by giving one of them a module that is only half there.
+    """
+    with _importing:
+        yield
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phiconv.errors import CheckpointError, RecipeError
+from phiconv.resources import importing_alone
 from phiconv.texts import DEFAULT as DEFAULT
 from phiconv.texts import Packaged, Text
 from phiconv.texts import read_texts as read_texts
@@ -139,13 +140,14 @@ def _plain(texts: Sequence[Text], where: str) -> Sequence[Text]:
 
 def _in_chat_template(texts: Sequence[Text], checkpoint: Checkpoint) -> list[Text]:
     """The texts as the checkpoint's own chat template writes them; no code in it is ever run."""
-    from transformers import AutoTokenizer
-
     where = str(checkpoint.path)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=False, local_files_only=True
-        )
+        with importing_alone():  # it imports the tokenizer's class only when it is asked for
+            from transformers import AutoTokenizer
+
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                where, trust_remote_code=False, local_files_only=True
+            )
         if not tokenizer.chat_template:
             raise CheckpointError(
                 "the checkpoint has no chat template", where=where, remedy="set chat: false"

@@ -10,6 +10,7 @@ from typing import Any
 
 from phiconv.errors import CheckpointError
 from phiconv.parity.golden import Message
+from phiconv.resources import importing_alone
 
 
 class HuggingFaceTokenizer:
@@ -23,13 +24,14 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: Path):
-        from transformers import AutoTokenizer
-
         self._where = str(path)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                self._where, trust_remote_code=False, local_files_only=True
-            )
+            with importing_alone():  # it imports the tokenizer's class only when it is asked for
+                from transformers import AutoTokenizer
+
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                    self._where, trust_remote_code=False, local_files_only=True
+                )
         except Exception as error:  # tokenizers raises nothing narrower on a broken tokenizer.json
             raise CheckpointError(
                 f"transformers cannot load the tokenizer: {error}",

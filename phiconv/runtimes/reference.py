@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from phiconv.errors import EnvironmentLacksError, StageError
+from phiconv.resources import importing_alone
 from phiconv.runtimes.linear import compute_linear_layers, linear
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def rotary_embedding(config: Any, length: int, device: Device) -> Rotary:
 
 def attention_mask(config: Any, embeddings: torch.Tensor, position_ids: torch.Tensor) -> Any:
     """The attention mask that transformers' Phi3Model builds for these inputs."""
-    from transformers import masking_utils
+    with importing_alone():
+        from transformers import masking_utils
 
     create = (
         masking_utils.create_causal_mask
@@ -292,8 +294,9 @@ def _check_finite(stream: torch.Tensor, what: str, checkpoint: Checkpoint) -> No
 
 def hugging_face_config(checkpoint: Checkpoint) -> Any:
     """Transformers' own reading of config.json, so that its defaults hold, not ours."""
-    from transformers import Phi3Config
-    from transformers.utils import logging
+    with importing_alone():
+        from transformers import Phi3Config
+        from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(40)  # errors only: its advice on config.json is not about this run
@@ -307,7 +310,8 @@ def hugging_face_config(checkpoint: Checkpoint) -> Any:
 
 def modeling_module() -> Any:
     """Transformers' module of the Phi-3 layers."""
-    from transformers.models.phi3 import modeling_phi3
+    with importing_alone():
+        from transformers.models.phi3 import modeling_phi3
 
     return modeling_phi3
 

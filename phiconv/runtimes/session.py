@@ -20,6 +20,10 @@ from phiconv.errors import EnvironmentLacksError, PhiconvError, StageError
 _NOT_LOADED = re.compile(r"^Failed to load (?:.*[/\\])?([^/\\\s]+?):", re.MULTILINE)
 # as CudaCall in ONNX Runtime's cuda_call.cc writes them, for CUDA and its libraries
 _CUDA_FAILURE = re.compile(r"\b(?:CUDA|CUBLAS|CUDNN|CURAND|CUFFT) failure -?\d+: [^;]*[^;\s]")
+# as ONNX Runtime's dml_provider_factory.cc raises them: by itself, and for what Windows returned
+_DML_FAILURE = re.compile(
+    r"dml_provider_factory\.cc(?::\d+ \S+|.*\btid\(\w+\)) *(?P<reason>\S.*)", re.DOTALL
+)
 
 
 def open_session(
@@ -53,9 +57,9 @@ def open_session(
     try:
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except runtime_errors() as error:
-        failure = _CUDA_FAILURE.search(str(error)) if provider == machine.CUDA else None
-        if failure is not None:
-            raise _not_started(ort, provider, failure[0], where) from error
+        reason = _failure_of(provider, str(error))
+        if reason is not None:
+            raise _not_started(ort, provider, reason, where) from error
         raise StageError(f"ONNX Runtime cannot load the model: {error}", where=where) from error
     if session.get_providers()[0] != provider:
         raise _not_started(ort, provider, missing and f"not found: {missing}", where)
@@ -142,6 +146,15 @@ def _load_from_nvidia(name: str) -> bool:
     return False
 
 
+def _failure_of(provider: str, message: str) -> str | None:
+    """Why the provider did not start, as an error's message tells it; None if it tells another."""
+    if provider == machine.CUDA and (found := _CUDA_FAILURE.search(message)):
+        return found[0]
+    if provider == machine.DML and (found := _DML_FAILURE.search(message)):
+        return " ".join(found["reason"].split())
+    return None
+
+
 def _not_started(ort: Any, provider: str, reason: str, where: str) -> EnvironmentLacksError:
     remedy = "check the driver and the provider's libraries (phiconv doctor)"
     if provider == machine.CUDA:
@@ -149,6 +162,8 @@ def _not_started(ort: Any, provider: str, reason: str, where: str) -> Environmen
             f"it wants a driver for CUDA {getattr(ort, 'cuda_version', '') or '13'} and the "
             "libraries of that CUDA and of cuDNN 9: pip install 'phiconv[cuda]' brings these"
         )
+    if provider == machine.DML:
+        remedy = "it wants a GPU for DirectX 12 with its driver, on Windows 10 or newer"
     return EnvironmentLacksError(
         f"{provider} is installed but did not start" + (f": {reason}" if reason else ""),
         where=where,

@@ -36,24 +36,38 @@ Please follow https://onnxruntime.ai/docs/install/#cuda-and-cudnn to install CUD
 """
 
 
+# What onnxruntime-directml 1.24.4 said without DXCore; and as it words what Windows returns.
+NO_DXCORE = (
+    r"E:\_work\1\s\onnxruntime\core\providers\dml\dml_provider_factory.cc:338 "
+    "onnxruntime::DMLProviderFactoryCreator::CreateFromDeviceOptions DXCore is not available on "
+    "this platform. This is expected on older versions of Windows.\n"
+)
+NO_DEVICE = (
+    r"E:\_work\1\s\onnxruntime\core\providers\dml\dml_provider_factory.cc(520)"
+    r"\onnxruntime_pybind11_state.pyd!00007FF8A3D1B2C4: (caller: 00007FF8A3D1A0F0) "
+    "Exception(1) tid(1a2c) 887A0004 The specified device interface or feature level is not "
+    "supported on this system.\r\n"
+)
+
+
 class Ort:
-    """An onnxruntime for CUDA on a machine where something is wrong."""
+    """An onnxruntime on a machine where something is wrong."""
 
     __version__ = "1.31.1"
     cuda_version = "13.0"
     SessionOptions = staticmethod(lambda: import_onnxruntime().SessionOptions())
 
-    def __init__(self, printed: str = "", failure: str = "") -> None:
-        self._printed, self._failure = printed, failure
+    def __init__(self, printed: str = "", failure: str = "", provider: str = machine.CUDA) -> None:
+        self._printed, self._failure, self._provider = printed, failure, provider
 
     def get_available_providers(self) -> list[str]:
-        return [machine.CUDA, machine.CPU]
+        return [self._provider, machine.CPU]
 
     def preload_dlls(self) -> None:
         sys.stdout.write(self._printed)
 
     def InferenceSession(self, *_: Any, providers: list[str], **__: Any) -> Any:  # noqa: N802
-        assert providers == [machine.CUDA, machine.CPU]
+        assert providers == [self._provider, machine.CPU]
         if self._failure:
             raise RuntimeError(self._failure)
         return SimpleNamespace(get_providers=lambda: [machine.CPU])
@@ -117,10 +131,38 @@ def test_a_failure_of_cuda_is_the_environments_fault(
     assert error.message.endswith(f"did not start: {reason}")
 
 
-def test_another_failure_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "import_onnxruntime", lambda: Ort(failure="no opset 99"))
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (
+            NO_DXCORE,
+            "DXCore is not available on this platform. This is expected on older versions of "
+            "Windows.",
+        ),
+        (
+            NO_DEVICE,
+            "887A0004 The specified device interface or feature level is not supported on this "
+            "system.",
+        ),
+    ],
+)
+def test_a_failure_of_directml_is_the_environments_fault(
+    monkeypatch: pytest.MonkeyPatch, failure: str, reason: str
+) -> None:
+    ort = Ort(failure=failure, provider=machine.DML)
+    monkeypatch.setattr(session, "import_onnxruntime", lambda: ort)
+    with pytest.raises(EnvironmentLacksError, match="GPU for DirectX 12") as caught:
+        open_session("model.onnx", "model.onnx", machine.DML, 1, {})
+    assert caught.value.exit_code == 5
+    assert caught.value.message.endswith(f"is installed but did not start: {reason}")
+
+
+@pytest.mark.parametrize("provider", [machine.CUDA, machine.DML])
+def test_another_failure_is_the_models(monkeypatch: pytest.MonkeyPatch, provider: str) -> None:
+    ort = Ort(failure="no opset 99", provider=provider)
+    monkeypatch.setattr(session, "import_onnxruntime", lambda: ort)
     with pytest.raises(StageError, match="cannot load the model: no opset 99"):
-        open_session("model.onnx", "model.onnx", machine.CUDA, 1, {})
+        open_session("model.onnx", "model.onnx", provider, 1, {})
 
 
 def test_a_provider_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
