@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from phiconv.checkpoint import ModelConfig
+    from phiconv.checkpoint import Checkpoint, ModelConfig
     from phiconv.checkpoint.weight_source import WeightSource
     from phiconv.gguf.importance import ImportanceMatrix
     from phiconv.gguf.plan import TensorPlan
@@ -223,7 +223,6 @@ class ConvertGguf:
 
     def run(self, params: ConvertGgufParams, ctx: StageContext) -> dict[str, JSON]:
         from phiconv.gguf.metadata import Naming, gguf_metadata
-        from phiconv.gguf.plan import plan_tensors
         from phiconv.gguf.special_tokens import read_special_tokens
         from phiconv.gguf.tokenizer_file import read_tokenizer_file
         from phiconv.gguf.vocabulary import read_vocabulary
@@ -234,14 +233,7 @@ class ConvertGguf:
         tokenizer = read_tokenizer_file(ctx.checkpoint.path)
         vocabulary = read_vocabulary(tokenizer, ctx.checkpoint.config.vocab_size)
         importance = _importance(params, ctx)
-        unused = {override.match for override in params.overrides}
-        plan = plan_tensors(ctx.checkpoint, _choice(params, unused))
-        if unused:
-            raise StageError(
-                f"no tensor matches the override {', '.join(sorted(unused))}",
-                where=f"{self.name}: overrides",
-                remedy="tensors are named like blk.0.ffn_down.weight",
-            )
+        plan = _plan(params, ctx.checkpoint)
         metadata = gguf_metadata(
             ctx.checkpoint,
             Naming(params.name, params.license, params.base_model),
@@ -273,6 +265,25 @@ class ConvertGguf:
             "limits": "; ".join(limits) or "none",
             "tensor_kinds": [asdict(record) for record in _tensor_kinds(plan)],
         }
+
+
+def _plan(params: ConvertGgufParams, checkpoint: Checkpoint) -> TensorPlan:
+    """The tensors and their types.
+
+    Raises:
+        StageError: An override is for no tensor.
+    """
+    from phiconv.gguf.plan import plan_tensors
+
+    unused = {override.match for override in params.overrides}
+    plan = plan_tensors(checkpoint, _choice(params, unused))
+    if unused:
+        raise StageError(
+            f"no tensor matches the override {', '.join(sorted(unused))}",
+            where=f"{ConvertGguf.name}: overrides",
+            remedy="tensors are named like blk.0.ffn_down.weight",
+        )
+    return plan
 
 
 def _choice(params: ConvertGgufParams, unused: set[str]) -> TypeChoice:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from phiconv.checkpoint import ModelConfig
+    from phiconv.onnx.olive_pass import ListedPass
 
 _REMEDY = "pip install 'phiconv[olive]'"
 # Interpreter, torch and Olive; the model is in memory about twice on top.
@@ -82,25 +83,7 @@ class Olive:
                 )
             )
             return errors
-        if not found.takes_onnx or found.needs_data:
-            why = "wants a data set" if found.takes_onnx else "does not work on ONNX models"
-            errors.append(
-                RecipeError(
-                    f"the pass {params.olive_pass} {why}",
-                    where="olive: pass",
-                    remedy="run it with Olive itself",
-                )
-            )
-        absent = [name for name in found.distributions if machine.version(name) is None]
-        if absent:
-            errors.append(
-                EnvironmentLacksError(
-                    f"the pass {params.olive_pass} needs {', '.join(absent)}",
-                    where="olive: pass",
-                    remedy=f"pip install {' '.join(absent)}",
-                )
-            )
-        return errors
+        return errors + _unfit(params.olive_pass, found)
 
     def key_params(self, params: OliveParams) -> dict[str, JSON]:
         document: dict[str, JSON] = params.model_dump(mode="json", by_alias=True)
@@ -159,3 +142,25 @@ class Olive:
             "data_bytes": written.data_bytes,
             "tensors": written.tensors,
         }
+
+
+def _unfit(name: str, found: ListedPass) -> list[PhiconvError]:
+    """Why a pass that Olive has cannot be run here."""
+    errors: list[PhiconvError] = []
+    if not found.takes_onnx or found.needs_data:
+        why = "wants a data set" if found.takes_onnx else "does not work on ONNX models"
+        errors.append(
+            RecipeError(
+                f"the pass {name} {why}", where="olive: pass", remedy="run it with Olive itself"
+            )
+        )
+    absent = [package for package in found.distributions if machine.version(package) is None]
+    if absent:
+        errors.append(
+            EnvironmentLacksError(
+                f"the pass {name} needs {', '.join(absent)}",
+                where="olive: pass",
+                remedy=f"pip install {' '.join(absent)}",
+            )
+        )
+    return errors
