@@ -9,6 +9,7 @@ from phiconv.errors import PhiconvError, Problems, RecipeError
 from phiconv.recipe import Overrides, Recipe, load
 from phiconv.recipe.document import parse
 from phiconv.recipe.overrides import split_key
+from phiconv.stages import registry as real
 from tests.toy_stages import RECIPE, MeasureParams, QuantizeParams, registry
 
 
@@ -105,9 +106,54 @@ def test_refuses_what_is_no_mapping(tmp_path: Path) -> None:
         assert "mapping" in errors_of(tmp_path, text)[0].message
     with pytest.raises(RecipeError, match="no recipe file"):
         load(tmp_path / "absent.yaml", registry=registry())
-    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(RecipeError, match="cannot read"):
+    (tmp_path / "r.yaml").write_bytes(b"name: a\n# \xff\xfe")
+    with pytest.raises(RecipeError, match="is not UTF-8 text") as caught:
         load(tmp_path / "r.yaml", registry=registry())
+    assert caught.value.where == f"{tmp_path / 'r.yaml'}:2"
+    with pytest.raises(RecipeError, match="cannot read the recipe file"):
+        load(tmp_path, registry=registry())
+
+
+def test_refuses_what_is_nested_too_deeply() -> None:
+    with pytest.raises(RecipeError, match="nested far too deeply"):
+        parse("[" * 100_000, "r.yaml")
+
+
+def test_an_alias_is_refused_once_for_each_value() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse("a: &x {b: 1}\nc: [*x, *x, *x]\n", "r.yaml")
+    assert str(caught.value).count("aliases") == 1
+
+
+def test_wrong_values_are_told_in_words_of_yaml(tmp_path: Path) -> None:
+    text = """\
+schema: 1
+name: -x
+model: y
+stages:
+  - {id: a, uses: export-onnx, with: [3]}
+  - {id: b, uses: quantize, with: {bits: , overrides: 3, block_size: 3.5}}
+  - {id: c, uses: validate, with: {tokens: "", windows: many, gates: {cosine: {max: x}}}}
+"""
+    pattern = "^[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?$"
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(Problems) as caught:
+        load(tmp_path / "r.yaml", registry=real.STAGES)
+    assert {error.message for error in caught.value.errors} == {
+        f"name: must have the form {pattern}, not '-x'",
+        "model: input should be a mapping of keys, not 'y'",
+        "stages.a.with: input should be a mapping of keys, not [3]",
+        "stages.b.with.bits: input should be 4 or 8, but the value is left out",
+        "stages.b.with.overrides: input should be a list, not 3",
+        "stages.b.with.block_size: input should be 16, 32, 64, 128 or 256, not 3.5",
+        "stages.c.with.tokens: must not be empty",
+        "stages.c.with.windows: input should be a whole number, not 'many'",
+        "stages.c.with.gates.cosine.max: input should be a number, not 'x'",
+    }
+    empty = "schema: 1\nname: x\nmodel: {source: y}\nstages: []\n"
+    assert [error.message for error in errors_of(tmp_path, empty)] == [
+        "stages: needs at least 1 item"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +284,7 @@ def test_a_setting_may_hold_an_equals_sign(tmp_path: Path) -> None:
         ("  - {id: onnx, uses: nothing}\n", ["there is no stage 'nothing'"]),
         (
             "  {onnx: {uses: quantize}}\n",
-            ["the recipe has no stage 'onnx'", "stages: ", "makes no artifact"],
+            ["the recipe has no stage 'onnx'", "stages: input should be a list"],
         ),
     ],
 )
@@ -284,8 +330,8 @@ STAGES = "schema: 1\nname: toy\nmodel: {source: m}\nstages:\n"
             "  - {id: a, uses: exprt-onnx}\n  - {id: b, uses: quantize}\n",
             "there is no stage 'exprt-onnx'",
         ),
-        ("  - {id: a.b, uses: export-onnx}\n", "stages.a.b.id: string should match pattern"),
-        ("  []\n", "should have at least 1 item"),
+        ("  - {id: a.b, uses: export-onnx}\n", "stages.a.b.id: must have the form "),
+        ("  []\n", "stages: needs at least 1 item"),
     ],
 )
 def test_refuses_stages_that_do_not_fit(tmp_path: Path, stages: str, message: str) -> None:

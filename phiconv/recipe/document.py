@@ -84,21 +84,35 @@ def read(path: Path, what: str = "recipe") -> Document:
         raise RecipeError(
             f"there is no {what} file {path}", remedy="give the path of a YAML file"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the {what} file: {error}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"the {what} file is not UTF-8 text", where=f"{path}:{line}", remedy="save it as UTF-8"
+        ) from error
+    except OSError as error:
+        message = f"cannot read the {what} file: {error.strerror}"
+        raise RecipeError(
+            message, where=str(path), remedy="give the path of a YAML file"
+        ) from error
     return parse(text, str(path))
 
 
 def parse(text: str, name: str) -> Document:
     """Parses recipe text; see `read` for what is raised."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        return _parsed(text, name)
+    except RecursionError:
+        raise RecipeError("nested far too deeply for a recipe", where=name) from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         what = " ".join(part for part in (error.context, error.problem) if part)
         raise RecipeError(f"not valid YAML: {what}", where=f"{name}:{line}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"not valid YAML: {error}", where=name) from error
+
+
+def _parsed(text: str, name: str) -> Document:
+    node = yaml.compose(text, Loader=_Loader)
     reader = _Reader(name)
     data = reader.convert(node, ()) if node is not None else None
     if reader.errors:
@@ -171,4 +185,6 @@ class _Reader:
         return f"{self.name}:{node.start_mark.line + 1}"
 
     def _refuse(self, node: yaml.Node, message: str, remedy: str | None) -> None:
-        self.errors.append(RecipeError(message, where=self._line(node), remedy=remedy))
+        error = RecipeError(message, where=self._line(node), remedy=remedy)
+        if str(error) not in map(str, self.errors):  # an alias is met where it is used
+            self.errors.append(error)

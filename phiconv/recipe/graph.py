@@ -63,7 +63,7 @@ def connect(
         errors += problems
     errors += _cycles(by_id, inputs)
     shipped = shipped_id(nodes)
-    if shipped is None:
+    if shipped is None and nodes:  # without any the schema has complained
         errors.append(
             RecipeError(
                 "the recipe makes no artifact", remedy="add a stage that is not a validation"

@@ -151,14 +151,34 @@ def _message(item: Any, model: type[BaseModel], where: KeyPath) -> tuple[str, st
         return "unknown key", did_you_mean(str(where[-1]), known_keys(model, where[:-1]))
     if item["type"] == "missing":
         return "is missing", None
-    text = item["msg"].removeprefix("Value error, ")
-    if isinstance(item["input"], dict | list | tuple) and item["type"] == "value_error":
+    text = _PHRASES.get(item["type"], item["msg"]).removeprefix("Value error, ")
+    text = text.format_map(item.get("ctx", {})) if item["type"] in _PHRASES else text
+    if item["type"] in {"too_short", "string_too_short"} or (
+        isinstance(item["input"], dict | list | tuple) and item["type"] == "value_error"
+    ):
         return text, None
+    text = text[:1].lower() + text[1:] if text.startswith("Input") else text
+    if item["input"] is None:
+        return f"{text}, but the value is left out", None
     given = repr(item["input"])
     shown = given if len(given) <= _SHOWN_INPUT else given[:_SHOWN_INPUT] + "…"
-    text = text[:1].lower() + text[1:] if text.startswith("Input") else text
     quoted = item["type"] == "string_type" and isinstance(item["input"], int | float)
     return f"{text}, not {shown}", "put the value in quotes" if quoted else None
+
+
+_PHRASES = {
+    "too_short": "needs at least {min_length} item",
+    "tuple_type": "input should be a list",
+    "list_type": "input should be a list",
+    "dict_type": "input should be a mapping of keys",
+    "model_type": "input should be a mapping of keys",
+    "string_pattern_mismatch": "must have the form {pattern}",
+    "string_too_short": "must not be empty",
+    "float_parsing": "input should be a number",
+    "int_parsing": "input should be a whole number",
+    "int_from_float": "input should be a whole number",
+}
+"""What pydantic says in terms of Python, in terms of YAML; by the type of error."""
 
 
 def _existing(location: KeyPath, values: Any) -> KeyPath:
