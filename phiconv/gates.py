@@ -24,6 +24,7 @@ BUILT_IN: Limits = {
         "placement.fallback",
         "kernels.unserved",
         "graph.faults",
+        "weights.faults",
         "parity.tokenizer",
         "parity.template",
         "parity.genai_config",

@@ -39,8 +39,10 @@ _COS_INPUT = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}
 def lint_config(graph: DecoderGraph, config: ModelConfig) -> list[Finding]:
     """Every contradiction between a graph and a configuration, equal ones of layers merged."""
     found = list(_model(graph, config))
+    windowed = any(_window_size(layer) is not None for layer in graph.layers)
     for layer in graph.layers:
         found += _attention(layer, config)
+        found += _window(layer, config, windowed)
         found += _mlp(layer, config)
     found += _epsilons(graph, config)
     found += _caches(graph, config)
@@ -54,7 +56,7 @@ def merged(findings: list[Finding]) -> list[Finding]:
         key = (finding.check, finding.component, finding.message)
         before = result.get(key)
         layers = finding.layers if before is None else (*before.layers, *finding.layers)
-        result[key] = replace(finding, layers=layers)
+        result[key] = replace(finding, layers=tuple(dict.fromkeys(layers)))
     return list(result.values())
 
 
@@ -95,7 +97,6 @@ def _attention(layer: DecoderLayer, config: ModelConfig) -> Iterator[Finding]:
         if _number(node, attribute):
             message = f"{attribute} {_number(node, attribute):g}, the checkpoint has none"
             yield _error("attention softcap", name, layer.index, message)
-    yield from _window(layer, config)
     yield from _rotation(layer, config)
     for linear in layer.qkv:
         yield from _bias(linear, f"self_attn.{linear.role}")
@@ -103,9 +104,18 @@ def _attention(layer: DecoderLayer, config: ModelConfig) -> Iterator[Finding]:
         yield from _bias(layer.o_proj, "self_attn.o_proj")
 
 
-def _window(layer: DecoderLayer, config: ModelConfig) -> Iterator[Finding]:
+def _window_size(layer: DecoderLayer) -> int | None:
+    """The window of a layer's attention operator, None where it has none."""
     found = _number(layer.attention, "local_window_size")
-    size = None if found is None or found <= 0 else int(found)
+    return None if found is None or found <= 0 else int(found)
+
+
+def _window(layer: DecoderLayer, config: ModelConfig, windowed: bool) -> Iterator[Finding]:
+    """The sliding window is the checkpoint's; `windowed` says whether any layer has one.
+
+    A provider may have no windows; then no layer has one, which is known and matters beyond it.
+    """
+    size = _window_size(layer)
     wanted = config.sliding_window
     if wanted is not None and wanted >= config.max_position_embeddings:
         wanted = None
@@ -115,9 +125,8 @@ def _window(layer: DecoderLayer, config: ModelConfig) -> Iterator[Finding]:
     message = f"attention window {size or 'none'}, the checkpoint has {text}"
     if size is None:
         message += f": another result for more than {text} tokens"
-    layers = (layer.index,)
-    severity: Any = "error" if size is not None else "warning"
-    yield Finding("attention window", severity, "self_attn.attention", layers, message)
+    severity: Any = "error" if windowed else "warning"
+    yield Finding("attention window", severity, "self_attn.attention", (layer.index,), message)
 
 
 def _rotation(layer: DecoderLayer, config: ModelConfig) -> Iterator[Finding]:

@@ -14,11 +14,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from phiconv.diagnosis.config_lint import lint_config
 from phiconv.diagnosis.decoder_graph import DecoderGraph, read_decoder
 from phiconv.diagnosis.ladder import ACTIVATIONS, GRAPH, PROVIDER, Ladder
+from phiconv.diagnosis.length_lint import lint_lengths
 from phiconv.diagnosis.probe import rounds_activations
 from phiconv.diagnosis.residual import StreamErrors, layer_errors, stream_errors
 from phiconv.diagnosis.results import Diagnosis
 from phiconv.diagnosis.sqnr import tensor_errors
-from phiconv.diagnosis.verdict import Evidence, find_faults, verdict
+from phiconv.diagnosis.verdict import Evidence, find_faults, known_causes, verdict
 from phiconv.diagnosis.weight_map import map_weights
 from phiconv.diagnosis.wiring_lint import lint_wiring
 from phiconv.errors import EnvironmentLacksError, StageError
@@ -80,9 +81,14 @@ def diagnose(
     states, hidden = run.reference()
     # the reference's layers cannot be run on values of another width
     fits = not any(tensor.status == "misfit" for tensor in tensors)
-    stream = run.stream(states) if fits else StreamErrors([], [])
-    del states
-    ladder, provenance = run.climb(hidden, parts, provider)
+    try:
+        stream = run.stream(states) if fits else StreamErrors([], [])
+        del states
+        ladder, provenance = run.climb(hidden, parts, provider)
+    except StageError as error:
+        if causes := known_causes(findings, tensors):
+            error.message = f"{error.message}; {causes}"
+        raise
     evidence = Evidence(
         rungs=ladder.rungs,
         layers=stream.layers,
@@ -122,6 +128,33 @@ def lint_artifact(artifact: Path, config: ModelConfig) -> list[Finding]:
     return _lint(read_decoder(_load(file), str(file)), config)
 
 
+def compare_weights(
+    artifact: Path, checkpoint: Checkpoint, *, threads: int, progress: Progress
+) -> list[TensorError]:
+    """Every weight of an artifact against the checkpoint's; nothing is run.
+
+    Memory: a weight for each thread, as stored, and twice in fp32 where it is not as good as its
+    format allows.
+
+    Args:
+        artifact: Its folder.
+        checkpoint: What it was made from.
+        threads: How many weights are compared at once; does not change the result.
+        progress: Told which weights are done.
+
+    Raises:
+        StageError: The graph is no decoder that could be read, or data is missing.
+    """
+    file = model_file(artifact)
+    parts = map_weights(read_decoder(_load(file), str(file)), checkpoint)
+    return tensor_errors(
+        parts,
+        checkpoint,
+        threads=threads,
+        advance=lambda _, place: progress.advance(0, f"weights: {place}"),
+    )
+
+
 def measure_layers(
     artifact: Path,
     checkpoint: Checkpoint,
@@ -157,7 +190,11 @@ def measure_layers(
 
 
 def _lint(graph: DecoderGraph, config: ModelConfig) -> list[Finding]:
-    return [*lint_config(graph, config), *lint_wiring(graph, config)]
+    return [
+        *lint_config(graph, config),
+        *lint_lengths(graph, config),
+        *lint_wiring(graph, config),
+    ]
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,10 @@ def tensor_error(part: WeightPart, checkpoint: Checkpoint) -> TensorError:
         shape = [rows[1] - rows[0], *info.shape[1:]]
         detail = f"its shape is {list(weight.shape)}, the checkpoint's {shape}"
         return replace(found, status="misfit", detail=detail)
-    errors = measure(part, weight, checkpoint)
+    expected = expected_sqnr_db(part, weight, checkpoint)
+    errors = measure(part, weight, checkpoint, expected_db=expected)
     if errors.finite and errors.error == 0:
         return found
-    expected = expected_sqnr_db(part, weight, checkpoint)
     found = replace(found, sqnr_db=finite(errors.sqnr_db), expected_db=finite(expected))
     if not errors.finite:
         return replace(found, status="not finite", detail="it holds NaN or infinity")
@@ -120,8 +120,8 @@ def _rescaled(
     scales = fit_channel_scales(part, weight, checkpoint)
     if scales is None:
         return None
-    errors = measure(part, weight, checkpoint, scales)
     expected = math.inf if found.expected_db is None else found.expected_db
+    errors = measure(part, weight, checkpoint, scales, expected_db=expected)
     before = -math.inf if found.sqnr_db is None else found.sqnr_db
     if _status(errors, expected, weight) != "ok" or errors.sqnr_db < before + _PLAIN_DB:
         return None

@@ -61,6 +61,15 @@ def find_faults(evidence: Evidence) -> tuple[Fault, ...]:
     return tuple(sorted(faults, key=lambda fault: entry is None or fault.stage != entry.stage))
 
 
+def known_causes(findings: Sequence[Finding], tensors: Sequence[TensorError]) -> str:
+    """What was found without running, for an artifact that does not run; empty if nothing."""
+    faults = [*_findings(findings), *weight_faults(tensors, "weights")]
+    if not faults:
+        return ""
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"found without running it: {faults[0].place}: {faults[0].message}{more}"
+
+
 def _running_stage(entry: Rung | None) -> str:
     """Where a wrong step belongs that no finding explains: to the graph, or to what runs it."""
     running = (ACTIVATIONS, PROVIDER)
@@ -134,15 +143,25 @@ def _findings(findings: Sequence[Finding]) -> list[Fault]:
 
 
 def _tensors(evidence: Evidence) -> list[Fault]:
-    wrong = [tensor for tensor in evidence.tensors if tensor.is_fault]
-    stage = evidence.weights_stage
-    if len(wrong) > 2 and len(wrong) > _OTHER_MODEL * len(evidence.tensors):
+    if of_another_model(evidence.tensors):
+        wrong = sum(tensor.is_fault for tensor in evidence.tensors)
         message = (
-            f"{len(wrong)} of {len(evidence.tensors)} weights are not the checkpoint's: the "
+            f"{wrong} of {len(evidence.tensors)} weights are not the checkpoint's: the "
             "artifact seems to be made from another checkpoint"
         )
-        return [Fault(stage, "model", (), message)]
-    wrong.sort(key=lambda tensor: -_deficit(tensor))
+        return [Fault(evidence.weights_stage, "model", (), message)]
+    return weight_faults(evidence.tensors, evidence.weights_stage)
+
+
+def of_another_model(tensors: Sequence[TensorError]) -> bool:
+    """Whether most weights of an artifact are not the checkpoint's."""
+    wrong = sum(tensor.is_fault for tensor in tensors)
+    return wrong > 2 and wrong > _OTHER_MODEL * len(tensors)
+
+
+def weight_faults(tensors: Sequence[TensorError], stage: str) -> list[Fault]:
+    """The weights that are wrong, those that are furthest off first."""
+    wrong = sorted((tensor for tensor in tensors if tensor.is_fault), key=lambda t: -_deficit(t))
     return [
         Fault(
             stage,

@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 
-Source = Literal["logits", "generation", "placement", "kernels", "graph", "parity", "length"]
+Source = Literal[
+    "logits", "generation", "placement", "kernels", "graph", "weights", "parity", "length"
+]
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,12 @@ METRICS: dict[str, Metric] = {
         "graph",
         "Attributes, constants and connections of the graph, or metadata of a GGUF file, that "
         "contradict config.json.",
+    ),
+    "weights.faults": _count(
+        "Faulty weights",
+        "weights",
+        "weights",
+        "Weights that are not the checkpoint's, or further from them than their format explains.",
     ),
     "parity.tokenizer": _count(
         "Tokenizer differences",

@@ -113,12 +113,21 @@ def _name_findings(
     """Names in genai_config.json and in the graph are the same."""
     stored = _section(decoder, side)
     patterns = {**defaults, **stored}
-    known: set[str] = set()
+    known: dict[str, str] = {}
     for key, pattern in patterns.items():
         if not isinstance(pattern, str):
             continue
         promised = _expanded(pattern, layers)
-        known.update(promised)
+        other = next((known[name] for name in promised if name in known), None)
+        if other is not None:
+            yield Finding(
+                "error",
+                f"{_DECODER}.{side}.{key} is the name of {other}, too",
+                "a name of its own",
+                pattern,
+                f"give the name of the graph's {side[:-1]}",
+            )
+        known |= dict.fromkeys(promised, key)
         missing = [name for name in promised if name not in names]
         if not missing or (key not in stored and key in _OPTIONAL):
             continue

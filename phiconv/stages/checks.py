@@ -5,7 +5,8 @@ Each check gives a `Check` for the reports and the counts that gates judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from phiconv.report.results import Provenance
     from phiconv.runtimes.kernel_support import KernelFinding
     from phiconv.runtimes.providers import Provider
+    from phiconv.stages.stage import Progress
 
 _KEPT = 40  # findings of one check that a report lists
 _PARITY = ("tokenizer", "chat template", "genai_config")
@@ -31,6 +33,20 @@ class Checked:
 
     checks: tuple[Check, ...]
     counts: Mapping[str, float]
+
+    @contextmanager
+    def explaining_failures(self) -> Iterator[None]:
+        """Says along with a StageError raised inside which errors were found before."""
+        try:
+            yield
+        except StageError as error:
+            found = [check for check in self.checks if check.state == "errors"]
+            found.sort(key=lambda check: check.name == "kernels")  # often follows from the others
+            lines = [line for check in found for line in check.findings]
+            if lines:
+                more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+                error.message = f"{error.message}; found without running it: {lines[0]}{more}"
+            raise
 
 
 def check_statically(
@@ -139,6 +155,41 @@ def _check_graph(lint: Callable[[], Sequence[Finding]]) -> Checked:
         (metric,),
     )
     return Checked((check,), {metric: float(len(errors))})
+
+
+def check_weights(
+    folder: Path, checkpoint: Checkpoint, *, threads: int, progress: Progress
+) -> Checked:
+    """Whether every weight is the checkpoint's, as near as its format allows.
+
+    What no text of a measurement shows is found here: a row of a rare token, a scale with one bit
+    flipped. Where most weights are unlike the checkpoint's, the artifact is another model's or its
+    weights were rotated; the logits tell the two apart, so nothing is counted.
+    """
+    from phiconv.diagnosis.diagnose import compare_weights
+    from phiconv.diagnosis.verdict import of_another_model, weight_faults
+
+    name, metric = "weights", "weights.faults"
+    try:
+        found = compare_weights(folder, checkpoint, threads=threads, progress=progress)
+    except StageError as error:
+        return Checked((Check(name, "not_checked", f"cannot be read: {error.message}"),), {})
+    faults = weight_faults(found, name)
+    unread = [f"warning: {t.place}: {t.detail}" for t in found if t.status == "unreadable"]
+    strange = sum(tensor.status == "wrong" for tensor in found)
+    if of_another_model(found) and strange > len(faults) // 2:
+        summary = (
+            f"{strange} of {len(found)} are unlike the checkpoint's: another model's, or rotated"
+        )
+        return Checked((Check(name, "warnings", summary),), {})
+    summary = f"{_counted(len(found) - len(unread), 'weight')} compared with the checkpoint's"
+    if faults:
+        summary += f", {_counted(len(faults), 'fault')}"
+    if unread:
+        summary += f", {len(unread)} stored in a way that is not read"
+    lines = [f"error: {fault.place}: {fault.message}" for fault in faults]
+    check = Check(name, _state(faults, unread), summary, _listed([*lines, *unread]), (metric,))
+    return Checked((check,), {metric: float(len(faults))})
 
 
 def _layers(layers: Sequence[int]) -> str:

@@ -81,6 +81,10 @@ class ValidateParams(TokenSetParams):
         description="Also measure the error of every layer of an ONNX artifact, on the first 128 "
         "tokens.",
     )
+    weight_errors: bool = Field(
+        True,
+        description="Also compare every weight of an ONNX artifact with the checkpoint's.",
+    )
     length_probes: bool = Field(
         False,
         description="Also compare on both sides of the sliding window and of LongRoPE's switch, "
@@ -112,7 +116,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
@@ -185,6 +189,7 @@ class Validate:
             key["gguf"] = machine.version("gguf")
         else:
             key["layer_errors"] = params.layer_errors
+            key["weight_errors"] = params.weight_errors
         return key
 
     def requires(self, params: ValidateParams) -> tuple[Requirement, ...]:
@@ -232,8 +237,9 @@ class Validate:
             nowhere = Provenance(params.runtime, "", choice.target, None)
             measurement = Measurement("not_run", reference.tokens, nowhere)
         else:
-            measurement = _measure(params, choice, reference, limits, ctx)
-            measurement = _with_layers(measurement, params, reference, ctx)
+            with static.explaining_failures():
+                measurement = _measure(params, choice, reference, limits, ctx)
+                measurement = _with_layers(measurement, params, reference, ctx)
         measurement = replace(_with_checks(measurement, static, params, ctx), known_limits=limits)
         text = measurement_json(measurement)
         (ctx.out / MEASUREMENT_FILE).write_text(text, encoding="utf-8", newline="\n")
@@ -263,12 +269,16 @@ def _artifact(params: ValidateParams, ctx: StageContext) -> Path:
 
 
 def _check_statically(params: ValidateParams, choice: ProviderChoice, ctx: StageContext) -> Checked:
-    from phiconv.stages.checks import check_gguf, check_statically
+    from phiconv.stages.checks import check_gguf, check_statically, check_weights, joined
 
     folder = _artifact(params, ctx)
     if params.runtime == "llama.cpp":
         return check_gguf(folder, ctx.checkpoint)
-    return check_statically(folder, ctx.checkpoint, params.provider, choice.target)
+    static = check_statically(folder, ctx.checkpoint, params.provider, choice.target)
+    if not params.weight_errors:
+        return static
+    weights = check_weights(folder, ctx.checkpoint, threads=ctx.threads, progress=ctx.progress)
+    return joined([static, weights])
 
 
 def _with_checks(

@@ -14,8 +14,10 @@ from phiconv.checkpoint import Checkpoint
 from phiconv.diagnosis.config_lint import lint_config
 from phiconv.diagnosis.decoder_graph import read_decoder
 from phiconv.diagnosis.diagnose import lint_artifact
+from phiconv.diagnosis.length_lint import lint_lengths
 from phiconv.diagnosis.results import Finding
 from phiconv.diagnosis.wiring_lint import lint_wiring
+from phiconv.onnx.target import Provider
 from tests.diagnosis.planting import change, constant, node, planted
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.phi3_checkpoints import write_phi3_checkpoint
@@ -48,7 +50,11 @@ def findings(artifact: Path, checkpoint: Path, edit: Edit) -> list[Finding]:
     model = ir.load(artifact / "model.onnx")
     edit(model)
     graph, config = read_decoder(model, str(artifact)), Checkpoint(checkpoint).config
-    return [*lint_config(graph, config), *lint_wiring(graph, config)]
+    return [
+        *lint_config(graph, config),
+        *lint_lengths(graph, config),
+        *lint_wiring(graph, config),
+    ]
 
 
 def attribute(name: str, value: int | float, *, layers: tuple[int, ...] = (1,)) -> Edit:
@@ -119,9 +125,68 @@ def test_equal_findings_of_layers_are_one(packed: Path, checkpoint: Path) -> Non
 
 def test_a_missing_window_is_a_warning(packed: Path, checkpoint: Path) -> None:
     """The builder's own graphs lack it; only longer texts than the window show it."""
-    (finding,) = findings(packed, checkpoint, attribute("local_window_size", -1))
+    missing = attribute("local_window_size", -1, layers=(0, 1))
+    (finding,) = findings(packed, checkpoint, missing)
     assert finding.severity == "warning"
     assert finding.message.endswith("another result for more than 100 tokens")
+
+
+def test_a_window_that_one_layer_lacks_is_an_error(packed: Path, checkpoint: Path) -> None:
+    (finding,) = findings(packed, checkpoint, attribute("local_window_size", -1))
+    assert (finding.severity, finding.layers) == ("error", (1,))
+
+
+@pytest.mark.parametrize(("minus", "what"), [(0, "+1"), (2, "-1")])
+def test_a_mask_that_is_off_by_one(packed: Path, checkpoint: Path, minus: int, what: str) -> None:
+    def edit(model: ir.Model) -> None:
+        difference = node(model, "/model/attn_mask_reformat/attn_mask_subgraph/Sub")
+        difference.replace_input_with(1, constant(model, "planted", np.array([minus], np.int64)))
+
+    (finding,) = findings(packed, checkpoint, edit)
+    assert (finding.check, finding.severity, finding.layers) == ("attention mask", "error", (0, 1))
+    assert finding.message.startswith(f"the index of the last token is off by {what}: ")
+
+
+@pytest.fixture(scope="module")
+def longrope(folder: Path) -> Path:
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    return write_phi3_checkpoint(
+        folder / "longrope",
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        rope_scaling={"type": "longrope", **factors},
+    )
+
+
+@pytest.mark.parametrize(
+    ("provider", "name", "message"),
+    [
+        (
+            "cpu",
+            "/model/rope_caches_subgraph/Greater",
+            "the factors for short texts end at 96 tokens, not at 64",
+        ),
+        (
+            "dml",
+            "/model/pos_ids_reformat/GreaterOrEqual",
+            "the factors for short texts end at 96 tokens, not at 64",
+        ),
+        ("dml", "/model/pos_ids_reformat/Mul", "positions step over 96 rows, not over 64"),
+    ],
+)
+def test_a_switch_of_longrope_at_another_length(
+    longrope: Path, tmp_path: Path, provider: Provider, name: str, message: str
+) -> None:
+    artifact = write_onnx_artifact(longrope, tmp_path / "artifact", provider)
+    assert findings(artifact, longrope, nothing) == []
+
+    def edit(model: ir.Model) -> None:
+        other = constant(model, "planted", np.array(96, np.int64))
+        node(model, name).replace_input_with(1, other)
+
+    (finding,) = findings(artifact, longrope, edit)
+    assert (finding.check, finding.layers) == ("rotary switch", (0, 1))
+    assert finding.message == message
 
 
 def truncated_cache(model: ir.Model) -> None:

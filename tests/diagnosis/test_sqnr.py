@@ -128,6 +128,23 @@ def test_fp16_is_expected_to_be_as_good_as_fp16(checkpoint: Checkpoint) -> None:
     assert error.sqnr_db is not None and error.sqnr_db > 60
 
 
+@pytest.mark.parametrize("factor", [0.5, -1.0])
+def test_a_scale_that_is_halved_or_negative_is_found(checkpoint: Checkpoint, factor: float) -> None:
+    weight = quantized(rows_of(checkpoint, UP_PROJ), 4, 32, True)
+    weight.scales[7, 2] *= factor
+    error = tensor_error(part(UP_PROJ, weight), checkpoint)
+    assert error.status == "corrupt"
+    assert error.detail == "1 of 1024 blocks is wrong, the worst in row 7, columns 64 to 95"
+
+
+def test_one_wrong_number_of_a_weight_of_floats_is_found(checkpoint: Checkpoint) -> None:
+    rows = rows_of(checkpoint, UP_PROJ)
+    rows[7, 40] *= -1
+    error = tensor_error(part(UP_PROJ, dense(rows)), checkpoint)
+    assert error.status == "corrupt"
+    assert error.detail == "1 of 1024 blocks is wrong, the worst in row 7, columns 32 to 63"
+
+
 def scaled_block(rows: np.ndarray) -> np.ndarray:
     rows[7, 32:64] *= 20
     return rows

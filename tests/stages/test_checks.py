@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
+from phiconv.checkpoint import Checkpoint
 from phiconv.machine import CPU, CUDA
 from phiconv.report.results import Provenance
 from phiconv.runtimes.placement import count_nodes, placed_nodes, stray_nodes
-from phiconv.stages.checks import Checked, check_placement
+from phiconv.stages.checks import Checked, check_placement, check_weights
+from phiconv.stages.stage import SilentProgress
+from tests.diagnosis.conftest import TINY, export
+from tests.diagnosis.planting import change, planted
+from tests.phi3_checkpoints import write_phi3_checkpoint
 
 
 @dataclass(frozen=True)
@@ -99,3 +107,77 @@ def test_one_provider_for_everything(provider: str) -> None:
     assert (check.state, check.summary) == ("clean", f"3 nodes on {provider}")
     (check,) = checked(provider=provider).checks
     assert check.summary == f"every node on {provider}, the only provider"
+
+
+class TestWeights:
+    """What a measurement's texts do not show."""
+
+    @pytest.fixture(scope="class")
+    def int4(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return export(TINY, tmp_path_factory.mktemp("weights") / "int4", "cpu", "fp32", int4=True)
+
+    @staticmethod
+    def weights(artifact: Path, checkpoint: Path = TINY) -> Checked:
+        opened = Checkpoint(checkpoint)
+        return check_weights(artifact, opened, threads=2, progress=SilentProgress())
+
+    def test_clean(self, int4: Path) -> None:
+        found = self.weights(int4)
+        (check,) = found.checks
+        assert (check.state, found.counts) == ("clean", {"weights.faults": 0})
+        assert check.summary == "39 weights compared with the checkpoint's"
+
+    @pytest.mark.parametrize(
+        ("name", "place"),
+        [
+            ("model.embed_tokens.weight", "embed_tokens"),
+            ("lm_head.MatMul.weight_Q8", "lm_head"),
+        ],
+    )
+    def test_rows_of_tokens_that_no_text_has(
+        self, int4: Path, tmp_path: Path, name: str, place: str
+    ) -> None:
+        def exchanged(rows: np.ndarray) -> np.ndarray:
+            rows[[3516, 3517]] = rows[[17, 3516]]
+            return rows
+
+        edited = planted(int4, tmp_path / "x", lambda model: change(model, name, exchanged))
+        found = self.weights(edited)
+        assert found.counts == {"weights.faults": 1}
+        (line,) = found.checks[0].findings
+        assert line.startswith(f"error: {place}: SQNR ")
+        assert "16 of 28160 blocks are wrong" in line
+
+    def test_one_bit_of_one_scale(self, int4: Path, tmp_path: Path) -> None:
+        def sign(scales: np.ndarray) -> np.ndarray:
+            scales[1000] *= -1
+            return scales
+
+        name = "model.layers.2.attn.o_proj.MatMul.weight_scales"
+        edited = planted(int4, tmp_path / "x", lambda model: change(model, name, sign))
+        (check,) = self.weights(edited).checks
+        assert check.state == "errors"
+        assert check.summary == "39 weights compared with the checkpoint's, 1 fault"
+        assert "layer 2, self_attn.o_proj: " in check.findings[0]
+        assert (
+            "1 of 2048 blocks is wrong, the worst in row 125, columns 0 to 31"
+            in (check.findings[0])
+        )
+
+    def test_weights_that_are_none_of_the_checkpoints_are_left_to_the_logits(
+        self, tmp_path: Path
+    ) -> None:
+        one = write_phi3_checkpoint(tmp_path / "one", seed=1)
+        other = write_phi3_checkpoint(tmp_path / "other", seed=2)
+        found = self.weights(export(one, tmp_path / "artifact", "cpu", "fp32"), other)
+        (check,) = found.checks
+        assert (check.state, found.counts) == ("warnings", {})
+        assert "are unlike the checkpoint's: another model's, or rotated" in check.summary
+
+    def test_a_graph_that_is_no_decoder_is_not_checked(self, int4: Path, tmp_path: Path) -> None:
+        def unnamed(model: ir.Model) -> None:
+            model.graph.outputs[0].name = "scores"
+
+        (check,) = self.weights(planted(int4, tmp_path / "x", unnamed)).checks
+        assert check.state == "not_checked"
+        assert check.summary == "cannot be read: the model has no output 'logits'"

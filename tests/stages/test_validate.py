@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from pydantic import ValidationError
 
@@ -25,7 +26,7 @@ from phiconv.stages.layer_errors import measure
 from phiconv.stages.reference import Reference, TokenSetParams
 from phiconv.stages.stage import Artifact, Prerequisites, StageContext
 from phiconv.stages.validate import Validate, ValidateParams
-from tests.diagnosis.planting import change, planted
+from tests.diagnosis.planting import change, node, planted
 from tests.onnx.models import hugging_face_logits
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.phi3_checkpoints import write_phi3_checkpoint
@@ -226,7 +227,8 @@ class TestWithoutTheTargetProvider:
         )
         checks = {check.name: check for check in found.measurement.checks}
         assert list(checks) == [
-            "placement", "kernels", "graph", "tokenizer", "chat template", "genai_config"
+            "placement", "kernels", "graph", "tokenizer", "chat template", "genai_config",
+            "weights",
         ]  # fmt: skip
         expected = "static CUDAExecutionProvider kernel check, nothing amiss"
         assert checks["kernels"].summary == expected
@@ -249,7 +251,9 @@ class TestWithoutTheTargetProvider:
         assert found.verdict == "not run, target CUDAExecutionProvider not present"
         assert all(gate.built_in and gate.passed for gate in found.gates)
         assert set(found.measurement.metrics) == {
-            name for name, m in METRICS.items() if m.source in ("kernels", "graph", "parity")
+            name
+            for name, m in METRICS.items()
+            if m.source in ("kernels", "graph", "parity", "weights")
         }
         assert "placement" not in {check.name for check in found.measurement.checks}
 
@@ -321,6 +325,31 @@ def test_a_wrong_constant_of_the_graph_fails_though_the_logits_hardly_change(
     assert "in layer 0" in line
 
 
+def test_an_artifact_that_does_not_run_is_told_why(workshop: Workshop, tmp_path: Path) -> None:
+    def edit(model: ir.Model) -> None:
+        attention = node(model, "/model/layers.1/attn/GroupQueryAttention")
+        attention.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", 1)
+
+    folder = planted(workshop.onnx.path, tmp_path / "edited", edit)
+    with pytest.raises(StageError) as error:
+        workshop.validate(tmp_path / "out", folder)
+    assert (
+        "found without running it: error: attention heads of self_attn.attention in layer 1: "
+        "kv_num_heads 1, the checkpoint has 2 (and "
+    ) in error.value.message
+
+
+def test_weights_are_compared_unless_left_out(workshop: Workshop, tmp_path: Path) -> None:
+    def edit(model: ir.Model) -> None:
+        change(model, "model.embed_tokens.weight", lambda rows: np.roll(rows, 1, axis=0))
+
+    folder = planted(workshop.onnx.path, tmp_path / "edited", edit)
+    found = workshop.validate(tmp_path / "out", folder)
+    assert found.measurement.metrics["weights.faults"] == 1
+    found = workshop.validate(tmp_path / "without", folder, weight_errors=False)
+    assert "weights.faults" not in found.measurement.metrics
+
+
 def test_a_graph_of_another_make_is_measured_without_its_lint(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,9 +408,9 @@ def test_a_corrupt_weight_stands_out_at_its_layer(
 
 
 def rename_attention(model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            node.op_type = "AttentionOfAnotherMake"
+    for operator in model.graph.node:
+        if operator.op_type == "GroupQueryAttention":
+            operator.op_type = "AttentionOfAnotherMake"
 
 
 def add_input(model: onnx.ModelProto) -> None:
