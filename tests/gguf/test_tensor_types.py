@@ -71,6 +71,21 @@ def test_an_importance_matrix_changes_the_first_layers_of_q4_0() -> None:
     assert "Q4_1" not in chosen(16, "Q4_0").values()
 
 
+def test_an_importance_matrix_changes_the_first_layers_of_q5_0() -> None:
+    types = chosen(16, "Q5_0", has_importance=True)
+    found = [types[f"blk.{layer}.ffn_down.weight"] for layer in range(16)]
+    assert found == ["Q5_1"] * 2 + ["Q5_0"] * 14
+    assert "Q5_1" not in chosen(16, "Q5_0").values()
+
+
+def test_q4_k_s_has_more_bits_in_its_first_layers() -> None:
+    types = chosen(16, "Q4_K_S")
+    qkv = [types[f"blk.{layer}.attn_qkv.weight"] for layer in range(16)]
+    down = [types[f"blk.{layer}.ffn_down.weight"] for layer in range(16)]
+    assert qkv == ["Q5_K"] * 4 + ["Q4_K"] * 12
+    assert down == ["Q5_K"] * 2 + ["Q4_K"] * 14
+
+
 def test_own_types_also_in_a_file_of_floats() -> None:
     types = chosen(2, "F16", override=lambda name: "Q8_0" if "ffn" in name else None)
     assert types["blk.1.ffn_up.weight"] == "Q8_0"

@@ -159,6 +159,23 @@ def test_stripping_follows_the_added_tokens(byte_level: dict[str, Any], tmp_path
         "white space after '<s>' belongs to it, which llama.cpp does not know",
         "white space after '<|user|>' is kept, but llama.cpp strips it",
     )
+    stripped = ("<|assistant|>", "<|end|>", "<|system|>", "<|user|>")  # in the order of their names
+    assert read(byte_level, tmp_path, edit=strip("</s>")).limits == tuple(
+        f"white space after {text!r} is kept, but llama.cpp strips it" for text in stripped
+    )
+
+
+def test_space_that_belongs_to_the_token_behind_it_is_a_limit(
+    byte_level: dict[str, Any], tmp_path: Path
+) -> None:
+    def edit(document: dict[str, Any]) -> None:
+        for token in document["added_tokens"]:
+            token["lstrip"] = token["content"] in ("<s>", "<|user|>")
+
+    assert read(byte_level, tmp_path, edit=edit).limits == tuple(
+        f"white space before {text!r} belongs to it, which llama.cpp does not know"
+        for text in ("<s>", "<|user|>")
+    )
 
 
 def test_a_vocabulary_that_llama_cpp_cannot_load_as_phi_3_is_not_called_so(
