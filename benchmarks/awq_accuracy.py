@@ -3,9 +3,11 @@
     python -m benchmarks.awq_accuracy --work DIR                    tiny-phi3, and with outliers
     python -m benchmarks.awq_accuracy --work DIR --checkpoint GQA   another trained checkpoint, too
     python -m benchmarks.awq_accuracy --work DIR --peer-python PYTHON
+    python -m benchmarks.awq_accuracy --work DIR --grid "32 symmetric" --method nearest --method AWQ
 
 Every decoder weight is rounded on the grid by the writers' own kernels; head and embedding stay as
-they are, so that the figures are about the decoder alone. The reference runs in fp32. PYTHON has
+they are, so that the figures are about the decoder alone. The reference runs in fp32. The error of
+a divergence, and that of its difference from AutoAWQ's, counts each window as one draw. PYTHON has
 phiconv's dependencies and AutoAWQ, whose scales and limits are then measured in the same way.
 """
 
@@ -15,7 +17,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from phiconv.checkpoint.overlaid import OverlaidCheckpoint
 from phiconv.checkpoint.overlay import GroupRecord, Overlay
 from phiconv.checkpoint.weight_source import Grid
 from phiconv.kernels.matmulnbits import dequantize_rows, layout, quantize_rows
+from phiconv.metrics.standard_error import standard_error
 from phiconv.runtimes.activations import watch_layers
 from phiconv.runtimes.reference import LanguageModelHead, final_hidden_states
 from phiconv.tokens import load_token_set
@@ -164,15 +167,15 @@ class Subject:
         )
         return overlay, whole
 
-    def divergence(self, overlay: Overlay, found: LayerResult, search: str) -> float:
-        """Mean KL divergence from the reference, in nats."""
+    def divergence(self, overlay: Overlay, found: LayerResult, search: str) -> np.ndarray:
+        """KL divergence from the reference at every position of every window, in nats."""
         rounded = Rounded(self.checkpoint, overlay, found, search)
         candidate = self._log_probabilities(rounded)
         terms = np.exp(self._expected) * (self._expected - candidate)
-        return float(terms.sum(axis=1).mean())
+        return np.asarray(terms.sum(axis=1).reshape(self._held_out.shape))
 
 
-def losses(records: list[GroupRecord]) -> list[dict[str, Any]]:
+def losses(records: Sequence[GroupRecord]) -> list[dict[str, Any]]:
     """The relative output error that each weight is left with."""
     found = []
     for record in records:
@@ -183,7 +186,7 @@ def losses(records: list[GroupRecord]) -> list[dict[str, Any]]:
     return found
 
 
-def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> float:
+def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> np.ndarray:
     """The same figure for what AutoAWQ finds on the same tokens."""
     parameters = {
         "backend": "autoawq",
@@ -195,6 +198,34 @@ def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> float:
     return subject.divergence(Overlay.load(folder / "out"), LayerResult(), "none")
 
 
+class Table:
+    """The table as it is printed, and its figures."""
+
+    def __init__(self) -> None:
+        self.figures: list[dict[str, Any]] = []
+        click.echo("| checkpoint | group | method | KL x 1000 | search, s |\n|---|---|---|---|---|")
+
+    def add(
+        self,
+        checkpoint: str,
+        grid: str,
+        method: str,
+        kl: np.ndarray,
+        seconds: float,
+        records: Sequence[GroupRecord] = (),
+    ) -> None:
+        """Prints and keeps a row; `kl` [windows, positions] in nats."""
+        entry = {"checkpoint": checkpoint, "grid": grid, "method": method, "kl": float(kl.mean())}
+        entry |= {"standard_error": standard_error(kl), "seconds": seconds}
+        self.figures.append({**entry, "losses": losses(records)})
+        click.echo(f"| {checkpoint} | {grid} | {method} | {_thousandfold(kl)} | {seconds:.1f} |")
+
+
+def _thousandfold(kl: np.ndarray, sign: str = "") -> str:
+    """Mean and standard error x 1000."""
+    return f"{1000 * kl.mean():{sign}.3f} ± {1000 * standard_error(kl):.3f}"
+
+
 @click.command(help=__doc__)
 @click.option("--work", "folder", type=click.Path(path_type=Path), required=True)
 @click.option("--checkpoint", "others", type=click.Path(path_type=Path), multiple=True)
@@ -203,6 +234,10 @@ def autoawq(subject: Subject, grid: Grid, python: str, folder: Path) -> float:
 @click.option("--window-length", default=LENGTH, show_default=True, help="Tokens of one.")
 @click.option("--held-out", default=HELD_OUT, show_default=True, help="Windows of 512 to judge on.")
 @click.option("--threads", default=2, show_default=True)
+@click.option("--grid", "grids", type=click.Choice(list(GRIDS)), multiple=True, help="Only these.")
+@click.option(
+    "--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Only these."
+)
 def main(
     folder: Path,
     others: tuple[Path, ...],
@@ -211,46 +246,39 @@ def main(
     window_length: int,
     held_out: int,
     threads: int,
+    grids: tuple[str, ...],
+    methods: tuple[str, ...],
 ) -> None:
-    """Measure, print a table, and keep figures and plots in FOLDER."""
+    """Measure, print a table, and keep figures, and plots of all methods, in FOLDER."""
     from tests.outlier_checkpoints import inject_outliers
 
     folder.mkdir(parents=True, exist_ok=True)
     outliers = inject_outliers(TINY, folder / "tiny-phi3-outliers")
-    figures: list[dict[str, Any]] = []
-    click.echo("| checkpoint | group | method | KL x 1000 | search, s |\n|---|---|---|---|---|")
-
-    def add(
-        checkpoint: str,
-        grid: str,
-        method: str,
-        kl: float,
-        seconds: float,
-        records: list[GroupRecord] | None = None,
-    ) -> None:
-        entry = {"checkpoint": checkpoint, "grid": grid, "method": method, "kl": kl}
-        figures.append({**entry, "seconds": seconds, "losses": losses(records or [])})
-        click.echo(f"| {checkpoint} | {grid} | {method} | {1000 * kl:.3f} | {seconds:.1f} |")
-
+    table = Table()
     for path in (TINY, outliers, *others):
         subject = Subject(path, threads, windows, window_length, held_out)
-        for name, grid in GRIDS.items():
-            for method, settings in METHODS.items():
+        for name in grids or GRIDS:
+            grid, found_by = GRIDS[name], {}
+            for method in methods or METHODS:
+                settings = METHODS[method]
                 start = time.perf_counter()
                 overlay, found = subject.search(grid, settings)
                 seconds = time.perf_counter() - start
-                kl = subject.divergence(overlay, found, settings["search"])
-                add(path.name, name, method, kl, seconds, found.records)
+                kl = found_by[method] = subject.divergence(overlay, found, settings["search"])
+                table.add(path.name, name, method, kl, seconds, found.records)
             config = subject.checkpoint.config
             grouped = config.num_key_value_heads != config.num_attention_heads
             if peer_python and not grid.symmetric and not grouped:
                 start = time.perf_counter()
                 work = folder / f"autoawq-{path.name}-{name.replace(' ', '-')}-{time.time_ns()}"
                 kl = autoawq(subject, grid, peer_python, work)
-                add(path.name, name, "AutoAWQ", kl, time.perf_counter() - start)
-    text = json.dumps({"python": sys.version.split()[0], "figures": figures}, indent=1)
+                table.add(path.name, name, "AutoAWQ", kl, time.perf_counter() - start)
+                for method, own in found_by.items():
+                    click.echo(f"{method} - AutoAWQ: {_thousandfold(own - kl, '+')}")
+    text = json.dumps({"python": sys.version.split()[0], "figures": table.figures}, indent=1)
     (folder / "awq-accuracy.json").write_text(text + "\n", encoding="utf-8")
-    draw_awq(folder, figures)
+    if not grids and not methods:
+        draw_awq(folder, table.figures)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def compare_windows(
             the candidate's vocabulary is not the reference's.
     """
     parts = []
-    for index, (window, logits) in enumerate(zip(windows, candidate, strict=True)):
+    found = iter(candidate)
+    for index, window in enumerate(windows):
+        logits = next(found)
         targets = np.append(window[1:], NO_TARGET)
         for start in range(0, len(window), CHUNK_POSITIONS):
             stop = min(start + CHUNK_POSITIONS, len(window))
@@ -57,6 +59,9 @@ def compare_windows(
                 finite = bool(np.isfinite(expected[bad]).all())
                 raise _not_finite(f"window {index}, position {start + bad}", reference=not finite)
             parts.append(part)
+            del expected
+        # gone before the next are computed: each may be hundreds of megabytes
+        del logits
         if advance is not None:
             advance(len(window), f"window {index}")
     return PositionStatistics.concatenate(parts).by_window(windows.shape[1])

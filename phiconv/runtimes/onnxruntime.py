@@ -66,13 +66,15 @@ class Session:
     def logits(self, windows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """Yields the logits of each window, see `phiconv.runtimes.Runtime.logits`."""
         for index, window in enumerate(windows):
-            where = f"{self._file}, window {index}"
-            feeds = self._feeds(window[None])
-            try:
-                (logits,) = self._session.run([LOGITS], feeds)
-            except runtime_errors() as error:
-                raise StageError(f"ONNX Runtime failed: {error}", where=where) from error
-            yield all_positions(logits, len(window), where)
+            # kept in no variable: a window's logits should be gone before the next are computed
+            yield self._window_logits(window, f"{self._file}, window {index}")
+
+    def _window_logits(self, window: NDArray[np.int64], where: str) -> NDArray[np.float32]:
+        try:
+            (logits,) = self._session.run([LOGITS], self._feeds(window[None]))
+        except runtime_errors() as error:
+            raise StageError(f"ONNX Runtime failed: {error}", where=where) from error
+        return all_positions(logits, len(window), where)
 
     def provenance(self) -> Provenance:
         """Says where the nodes were placed, and with which options the session was made."""

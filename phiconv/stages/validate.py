@@ -22,6 +22,8 @@ from phiconv.stages.stage import (
     MEASUREMENT,
     ONNX,
     REFERENCE,
+    Estimate,
+    InputRef,
     Prerequisite,
     Requirement,
     StageContext,
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
     from phiconv.runtimes.reference import LanguageModelHead
     from phiconv.runtimes.stored_reference import StoredReference
     from phiconv.stages.checks import Checked
+
+
+# measurement.json, and what positions.npz has of each position: a float32, two float64, a bool.
+_MEASUREMENT_BYTES = 12_000
+_POSITION_BYTES = 21
 
 
 class Gate(BaseModel):
@@ -218,6 +225,16 @@ class Validate:
             texts = {name: shared[name] for name in ("tokens", "reference_device")}
             needed.append(Prerequisite("length-reference", "length-reference", texts))
         return tuple(needed)
+
+    def estimate(
+        self, params: ValidateParams, config: ModelConfig, inputs: Sequence[InputRef]
+    ) -> Estimate:
+        """A measurement is small; the memory, see `phiconv.stages.validation_memory`."""
+        from phiconv.stages.validation_memory import peak_bytes
+
+        positions = params.windows * params.window_length
+        disk_bytes = _MEASUREMENT_BYTES + _POSITION_BYTES * positions
+        return Estimate(disk_bytes, peak_bytes(params, config, inputs))
 
     def run(self, params: ValidateParams, ctx: StageContext) -> dict[str, JSON]:
         from dataclasses import replace

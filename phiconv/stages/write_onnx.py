@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,33 +61,10 @@ class WriteOnnx:
     def estimate(
         self, params: WriteOnnxParams, config: ModelConfig, inputs: Sequence[InputRef]
     ) -> Estimate:
-        """Bytes of the weights in the formats that the steps before chose; overrides left out."""
-        item_bytes = 4.0
-        quantized: QuantizeParams | None = None
+        """Bytes of the weights in the formats that the steps before chose."""
         graph = next(ref for ref in inputs if ref.kind != OVERLAY)
-        for _, before in graph.made_by:
-            match before:
-                case ExportOnnxParams():
-                    item_bytes = 4.0 if before.resolved_precision() == "fp32" else 2.0
-                case CastParams():
-                    item_bytes = 2.0
-                case QuantizeParams():
-                    quantized = before
-        shapes = config.expected_tensors()
-        embedding = config.vocab_size * config.hidden_size
-        matrices = {name: rows * k for name, (rows, *rest) in shapes.items() for k in rest}
-        body = sum(count for name, count in matrices.items() if name.startswith("model.layers."))
-        head_bytes = body_bytes = embedding_bytes = item_bytes
-        if quantized is not None:
-            body_bytes = _bytes_per_weight(quantized, None, item_bytes)
-            head_bytes = _bytes_per_weight(quantized, quantized.lm_head, item_bytes)
-            settings = quantized.embedding or WeightParams(keep_float=True)
-            embedding_bytes = _bytes_per_weight(quantized, settings, item_bytes)
-        if (stored := config.quantization) is not None:
-            scale_bytes = item_bytes + stored.bits / 8
-            body_bytes = stored.bits / 8 + scale_bytes / max(stored.group_size, 16)
-        total = body * body_bytes + embedding * (head_bytes + embedding_bytes)
-        return Estimate(disk_bytes=int(total), ram_bytes=_RAM_BYTES)
+        weights, _ = artifact_bytes(config, graph.made_by)
+        return Estimate(disk_bytes=weights, ram_bytes=_RAM_BYTES)
 
     def run(self, params: WriteOnnxParams, ctx: StageContext) -> dict[str, JSON]:
         import shutil
@@ -110,6 +87,40 @@ class WriteOnnx:
             "source_bytes": written.source_bytes,
             "tensors": written.tensors,
         }
+
+
+def artifact_bytes(config: ModelConfig, made_by: Sequence[tuple[str, Any]]) -> tuple[int, int]:
+    """Bytes of an artifact's weights, and of the embedding among them; overrides left out.
+
+    Args:
+        config: The checkpoint's.
+        made_by: The steps that chose the formats, see `phiconv.stages.stage.InputRef`.
+    """
+    item_bytes = 4.0
+    quantized: QuantizeParams | None = None
+    for _, before in made_by:
+        match before:
+            case ExportOnnxParams():
+                item_bytes = 4.0 if before.resolved_precision() == "fp32" else 2.0
+            case CastParams():
+                item_bytes = 2.0
+            case QuantizeParams():
+                quantized = before
+    shapes = config.expected_tensors()
+    embedding = config.vocab_size * config.hidden_size
+    matrices = {name: rows * k for name, (rows, *rest) in shapes.items() for k in rest}
+    body = sum(count for name, count in matrices.items() if name.startswith("model.layers."))
+    head_bytes = body_bytes = embedding_bytes = item_bytes
+    if quantized is not None:
+        body_bytes = _bytes_per_weight(quantized, None, item_bytes)
+        head_bytes = _bytes_per_weight(quantized, quantized.lm_head, item_bytes)
+        settings = quantized.embedding or WeightParams(keep_float=True)
+        embedding_bytes = _bytes_per_weight(quantized, settings, item_bytes)
+    if (stored := config.quantization) is not None:
+        scale_bytes = item_bytes + stored.bits / 8
+        body_bytes = stored.bits / 8 + scale_bytes / max(stored.group_size, 16)
+    total = body * body_bytes + embedding * (head_bytes + embedding_bytes)
+    return int(total), int(embedding * embedding_bytes)
 
 
 def _bytes_per_weight(
