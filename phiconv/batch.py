@@ -110,6 +110,15 @@ def index_page(recipes: Sequence[Recipe], out: Path | None) -> Path | None:
     return (out or DIST) / INDEX if len(recipes) > 1 else None
 
 
+def _check_apart(out: Path, model: Path) -> None:
+    if out.resolve() == model.resolve():
+        raise RecipeError(
+            "the output folder is the model's own",
+            where=str(out),
+            remedy="choose another folder with --out",
+        )
+
+
 def make_plans(
     recipes: Sequence[Recipe],
     workspace: Workspace,
@@ -199,6 +208,8 @@ def build_all(
             preload=True,
             locks=locks,
         )
+        for plan in plans:
+            _check_apart(folders[plan.recipe.name], plan.checkpoint.path)
         preflight([(plan, folders[plan.recipe.name]) for plan in plans], workspace)
         for index, plan in enumerate(plans):
             for warning in plan.warnings:

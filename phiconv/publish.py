@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from phiconv.errors import PhiconvError, RecipeError, StageError
+from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError, StageError
 from phiconv.stages.stage import JSON
 from phiconv.workspace import Entry, Session
-from phiconv.workspace.disk import flush_file, flush_folder, rename
+from phiconv.workspace.disk import existing_parent, flush_file, flush_folder, rename
 from phiconv.workspace.entry import unchanged
 from phiconv.workspace.lending import lend, may_lend, reclaim, take_back
 from phiconv.workspace.store import remove_tree
@@ -141,11 +141,23 @@ def _stands(out: Path, entry: Entry, document: Mapping[str, Any]) -> bool:
 
 
 def check_destination(out: Path) -> None:
-    """Makes sure that nothing in the way of a build's output is the user's.
+    """Makes sure that a build's output can be written and nothing in its way is the user's.
 
     Raises:
-        RecipeError: There is such a thing; nothing was touched.
+        RecipeError: A file is in the way, of a folder or of phiconv's; nothing was touched.
+        EnvironmentLacksError: The folder cannot be written.
     """
+    parent = existing_parent(out)
+    if not parent.is_dir():
+        raise RecipeError(
+            f"{parent} is a file", where=str(out), remedy="choose another folder with --out"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise EnvironmentLacksError(
+            "the output folder cannot be written",
+            where=str(parent),
+            remedy="choose another with --out, or let this user write there",
+        )
     strangers = _strangers(out)
     if strangers:
         shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")

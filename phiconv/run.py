@@ -158,8 +158,16 @@ def build(
         lendable = entry.key not in needed
         publish(out, entry, write_report, manifest(plan, result), session, lendable=lendable)
     except OSError as error:
-        raise disk_full(error, out, entry.size_bytes) or error from error
+        raise disk_full(error, out, entry.size_bytes) or _unwritable(error, out) from error
     return Built(plan, result, out / ARTIFACT_FOLDER, out / REPORT)
+
+
+def _unwritable(error: OSError, out: Path) -> EnvironmentLacksError:
+    return EnvironmentLacksError(
+        f"the output cannot be written: {error.strerror or error}",
+        where=str(error.filename or out),
+        remedy="put that right, or choose another folder with --out; nothing has to be made again",
+    )
 
 
 class Runner:

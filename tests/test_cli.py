@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -153,6 +154,31 @@ def test_an_unexpected_error_is_one_message_and_a_traceback_on_demand(
         assert "Traceback" in phiconv(*verbose).err
     monkeypatch.setenv(DEBUG_VARIABLE, "1")
     assert "Traceback" in phiconv("doctor").err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x.json"),
+            5,
+            "error: Permission denied\n  where: x.json\n",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), 5, "error: Too many open files\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 3, "error: unexpected FileNotFound"),
+        (EOFError("Ran out of input"), 3, "error: unexpected EOFError: Ran out of input\n"),
+    ],
+)
+def test_what_the_machine_refuses_is_no_defect(
+    error: Exception, code: int, message: str, phiconv: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(workspace: object) -> None:
+        raise error
+
+    monkeypatch.setattr("phiconv.doctor.examine", fail)
+    done = phiconv("doctor")
+    assert done.code == code
+    assert done.err.lstrip().startswith(message)
 
 
 def test_cache_is_listed_and_collected(built: Path, home: Path, phiconv: Terminal) -> None:

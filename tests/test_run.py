@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,41 @@ def test_unfinished_work_outlives_a_failure_but_not_the_artifact(bench: Bench) -
     bench.build(STAMPED, stages, rebuild=True)
     bench.build(STAMPED, stages, rebuild=True)
     assert found[1:] == [[], []]
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.folder / "file").touch()
+    recipes = load_recipes([bench.recipe()], Overrides(model=str(bench.checkpoint)), registry())
+
+    def refused(out: Path) -> PhiconvError:
+        with pytest.raises(PhiconvError) as caught:
+            build_all(recipes, bench.workspace, QuietDisplay(), registry(), out=out)
+        assert bench.workspace.home.exists() is False or bench.workspace.entries() == []
+        return caught.value
+
+    error = refused(bench.folder / "file" / "out")
+    assert (error.message, error.exit_code) == (f"{bench.folder / 'file'} is a file", 2)
+    error = refused(bench.checkpoint)
+    assert (error.message, error.exit_code) == ("the output folder is the model's own", 2)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != bench.folder)
+    error = refused(bench.folder / "new" / "out")
+    assert (error.message, error.exit_code) == ("the output folder cannot be written", 5)
+    assert error.where == str(bench.folder)
+
+
+def test_an_output_that_cannot_be_written_is_the_environments_fault(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "report.html")
+
+    monkeypatch.setattr("phiconv.run.publish", fail)
+    error = bench.build().error
+    assert isinstance(error, EnvironmentLacksError)
+    assert error.message == "the output cannot be written: Permission denied"
+    assert error.where == "report.html"
 
 
 @pytest.mark.parametrize("rebuild", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -21,7 +22,21 @@ from phiconv.errors import PhiconvError
 
 USAGE_CODE = 2
 UNEXPECTED_CODE = 3
+ENVIRONMENT_CODE = 5
 DEBUG_VARIABLE = "PHICONV_DEBUG"
+_OF_THE_MACHINE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    getattr(errno, "EDQUOT", errno.ENOSPC),
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EIO,
+    errno.ENOMEM,
+}
+"""No permission, no space, too many open files, a broken disk, no memory: no defect of phiconv."""
 
 
 @dataclass
@@ -76,6 +91,12 @@ def boundary(settings: Settings) -> Iterator[None]:
             # The reader of our output left; say nothing more, also not when Python flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                _unexpected(error, settings)
+                sys.exit(UNEXPECTED_CODE)
+            _say_of_the_machine(error, settings)
+            sys.exit(ENVIRONMENT_CODE)
         except Exception as error:
             _unexpected(error, settings)
             sys.exit(UNEXPECTED_CODE)
@@ -86,6 +107,13 @@ def _say_stopped(how: str, stop: BaseException) -> None:
 
     kept = notes(stop) or ["nothing half-made was kept"]
     click.echo(f"{how}; {'; '.join(kept)}", err=True)
+
+
+def _say_of_the_machine(error: OSError, settings: Settings) -> None:
+    if settings.verbose:
+        _print_traceback()
+    where = "".join(f"\n  where: {name}" for name in (error.filename,) if name)
+    click.echo(f"error: {error.strerror}{where}", err=True)
 
 
 def _unexpected(error: Exception, settings: Settings) -> None:

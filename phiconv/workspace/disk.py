@@ -20,7 +20,8 @@ _PATIENCE_SECONDS = 3.0
 def existing_parent(path: Path) -> Path:
     """The closest folder of `path` that exists."""
     path = path.absolute()
-    while not path.exists():
+    # unlike Path.exists, it raises nothing when a folder may not be entered
+    while not os.path.exists(path):  # noqa: PTH110
         path = path.parent
     return path
 
