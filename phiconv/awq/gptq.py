@@ -205,7 +205,7 @@ class Gptq:
         scales, zeros = np.empty((n, groups), np.float32), np.empty((n, groups), np.float32)
         loss = 0.0
         for start in range(0, n, _ROWS):
-            rows = slice(start, min(start + _ROWS, n))
+            rows = slice(start, start + _ROWS)
             part = Folded(
                 weight.stored[rows][:, factor.order].astype(np.float32),
                 weight.columns[factor.order],

@@ -107,6 +107,19 @@ def test_less_is_lost_than_by_rounding_to_the_nearest(
     assert lost < 0.85 * nearest
 
 
+def test_scales_cover_the_range_or_are_searched() -> None:
+    gram, weight = inputs(256), folded(40, 256)
+    factor = GramFactor.of(gram, DAMPING, 32, "w")
+    grid = Grid(4, 32, symmetric=False)
+    plain, searched = (Gptq(grid, search, 1).round(weight, factor) for search in ("none", "mse"))
+    first = int(factor.groups[0])  # rounded before any error is fed back
+    columns = slice(32 * first, 32 * (first + 1))
+    values = weight.stored[:, columns] * weight.columns[columns] * weight.rows[:, None]
+    covering = (np.maximum(values.max(1), 0) - np.minimum(values.min(1), 0)) / 15
+    np.testing.assert_allclose(plain.scales[:, first], covering, rtol=1e-3)
+    assert (searched.scales[:, first] < 0.999 * covering).mean() > 0.5
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "size"), [(4, 96), (8, 96), (4, 80)])
 def test_packed_codes_are_what_the_operator_reads(bits: int, size: int, symmetric: bool) -> None:
