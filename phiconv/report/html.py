@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from phiconv.metrics import METRICS
+from phiconv.metrics import METRICS, known_error
 from phiconv.report import text
 from phiconv.report.plots import (
     kl_by_position_svg,
@@ -59,8 +59,8 @@ def report_html(result: RunResult) -> str:
         weight_bytes=max((kind.size_bytes for kind in result.tensor_kinds), default=0),
         longest_s=max((stage.wall_s or 0 for stage in result.stages), default=0),
         accuracy=text.accuracy,
-        metric=text.metric,
-        with_error=text.with_error,
+        error=lambda measurement, name: known_error(measurement.metrics, name),
+        spread=text.spread,
         about_errors=text.about_errors,
         remarks=lambda validation: text.failures(validation) + text.close_gates(validation),
         from_position=text.from_position,

@@ -51,7 +51,12 @@ def number(value: float | None) -> str:
 
 def with_error(value: float | None, error: float | None) -> str:
     """A measured value and, where it is known, its standard error: `0.01374 ± 0.00073`."""
-    return number(value) if error is None else f"{number(value)} ± {error:.2g}"
+    return number(value) if error is None else f"{number(value)} {spread(error)}"
+
+
+def spread(error: float) -> str:
+    """A standard error: `± 0.00073`."""
+    return f"± {error:.2g}"
 
 
 def metric(measurement: Measurement, name: str) -> str:
