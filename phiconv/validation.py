@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from phiconv.assessment import Shipped, assess, measurement_folders
 from phiconv.batch import DIST, Outcome
 from phiconv.cache_key import digest
-from phiconv.errors import PhiconvError, Problems, StageError
+from phiconv.errors import PhiconvError, Problems, RecipeError, StageError
 from phiconv.inspect import tensor_kinds
 from phiconv.plan import Plan, make_plan
 from phiconv.preflight import preflight
@@ -37,6 +37,7 @@ from phiconv.workspace.store import remove_tree
 
 if TYPE_CHECKING:
     from phiconv.diagnosis import Diagnosis
+    from phiconv.runtimes.providers import ProviderChoice
 
 ARTIFACT, STAGE = "artifact", "validate"
 _PLACE = "command line"
@@ -174,14 +175,10 @@ def diagnose_artifact(
         StageError: The artifact is broken or no decoder.
         EnvironmentLacksError: The provider, a package or the checkpoint is missing.
     """
-    from phiconv.diagnosis.diagnose import diagnose
-    from phiconv.onnx.folder import open_folder
-    from phiconv.runtimes.providers import choose
     from phiconv.tokens import load_token_set
 
     params = subject.params
-    folder = open_folder(subject.artifact)
-    provider = choose(params.provider, params.when_missing)
+    path, provider, diagnose = _how(subject)
     checkpoint = open_checkpoint(_recipe(subject), workspace, display, download=True, preload=True)
     tokens = load_token_set(
         params.tokens,
@@ -191,13 +188,34 @@ def diagnose_artifact(
     )
     with Meter() as meter:
         return diagnose(
-            folder.path,
+            path,
             checkpoint,
             provider=provider,
             tokens=tokens,
             threads=threads,
-            progress=display.step("diagnosis", str(folder.path), lambda: meter.peak_rss_bytes),
+            progress=display.step("diagnosis", str(path), lambda: meter.peak_rss_bytes),
         )
+
+
+def _how(subject: Subject) -> tuple[Path, ProviderChoice, Callable[..., Diagnosis]]:
+    """What is diagnosed, where it runs, and what diagnoses such an artifact."""
+    from phiconv.runtimes.providers import choose, choose_llama_cpp
+
+    params = subject.params
+    found = _find(subject.artifact)
+    if found.kind == ONNX:
+        from phiconv.diagnosis.diagnose import diagnose
+
+        return found.path, choose(params.provider, params.when_missing), diagnose
+    from phiconv.diagnosis.diagnose_gguf import diagnose_gguf
+
+    if params.provider != "cpu":
+        raise RecipeError(
+            f"llama.cpp has no provider {params.provider}",
+            where="--provider",
+            remedy="leave it out: llama.cpp runs on the CPU here",
+        )
+    return found.path, choose_llama_cpp(params.when_missing), diagnose_gguf
 
 
 def _recipe(subject: Subject) -> Recipe:

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from phiconv import machine
+from tests.gguf.conversions import convert
 from tests.onnx_artifacts import write_onnx_artifact
 from tests.phi3_checkpoints import write_phi3_checkpoint
 from tests.terminal import Done, Terminal
@@ -102,3 +103,16 @@ def test_what_cannot_be_diagnosed_is_told(
     )
     assert done.code == 0
     assert "on CPUExecutionProvider, target CUDAExecutionProvider not present" in done.out
+
+
+@pytest.mark.skipif(machine.llama_cpp_binding() is None, reason="llama.cpp is not installed")
+def test_a_gguf_file(phiconv: Terminal, tmp_path: Path) -> None:
+    checkpoint = write_phi3_checkpoint(tmp_path / "checkpoint", hidden_size=256)
+    convert(checkpoint, tmp_path / "gguf", "Q8_0")
+    done = diagnose(phiconv, checkpoint, tmp_path / "gguf")
+    assert done.code == 0, done.err
+    assert done.out.startswith("no fault found: ")
+    assert "on llama.cpp, tokens default 2x48" in done.out
+    refused = diagnose(phiconv, checkpoint, tmp_path / "gguf" / "model.gguf", "--provider", "cuda")
+    assert refused.code == 2
+    assert "llama.cpp has no provider cuda" in refused.err

@@ -32,7 +32,7 @@ def diagnose(
     as_json: bool,
     **measured: Any,
 ) -> None:
-    """Find where the error of an ONNX artifact comes from.
+    """Find where the error of an artifact comes from, of an ONNX model or a GGUF file.
 
     Names the stage of the conversion, the layer and the weight or step at which it enters; see
     docs/diagnosis.md. ARTIFACT is a folder as `phiconv validate` takes it.

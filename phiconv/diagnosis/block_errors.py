@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from phiconv.diagnosis.stored_weight import Format, StoredWeight
+from phiconv.diagnosis.weight_format import Format, StoredWeight
+
+GGML_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""Types of ggml that `phiconv.kernels.ggml` rounds to."""
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from phiconv.checkpoint import Checkpoint
-    from phiconv.diagnosis.weight_map import WeightPart
+    from phiconv.diagnosis.weight_part import WeightPart
 
 # Rows are compared a few at a time, so that the arrays stay in the processor's caches.
 _CHUNK_ELEMENTS = 1 << 18
@@ -29,6 +32,8 @@ _LEAST_BAD, _SURELY_BAD = 1e-4, 0.5
 # Nor is it when its error is a trifle beside the mean block.
 _TRIFLE = 0.02
 _SAMPLE_ROWS = 128
+# Sums of float32 squares that are smaller are computed in float64.
+_SMALLEST = 1e-30
 
 
 class Scales(NamedTuple):
@@ -116,10 +121,18 @@ def _block_sums(values: NDArray[np.float32], block_size: int) -> NDArray[np.floa
     """Sums of squares of blocks of columns, `[rows, blocks]`."""
     import numpy as np
 
+    rows, width = values.shape
+    if width % block_size == 0:
+        blocks = values.reshape(rows, -1, block_size)
+        with np.errstate(over="ignore"):
+            sums = np.einsum("rbk,rbk->rb", blocks, blocks)
+        # float32 is enough unless squares leave its range
+        if np.isfinite(sums).all() and (sums > _SMALLEST).all():
+            wide: NDArray[np.float64] = sums.astype(np.float64)
+            return wide
     squares = np.square(values, dtype=np.float64)
-    starts = np.arange(0, values.shape[1], block_size)
-    sums: NDArray[np.float64] = np.add.reduceat(squares, starts, axis=1)
-    return sums
+    exact: NDArray[np.float64] = np.add.reduceat(squares, np.arange(0, width, block_size), axis=1)
+    return exact
 
 
 def measure(
@@ -129,16 +142,26 @@ def measure(
     scales: Scales | None = None,
     *,
     expected_db: float = 0.0,
+    undone: bool = False,
 ) -> BlockErrors:
-    """Compares a stored part with the checkpoint's rows, times `scales` where given.
+    """Compares a stored part with the checkpoint's rows.
 
-    A norm's weight counts as one row. `expected_db`, what `expected_sqnr_db` says of it, decides
-    which blocks are bad; without it those are that hold more error than half of their signal.
+    A norm's weight counts as one row.
+
+    Args:
+        part: The part.
+        weight: Its stored weight.
+        checkpoint: What it should equal.
+        scales: What the checkpoint's rows are multiplied by before.
+        expected_db: What `expected_sqnr_db` says of it, which decides which blocks are bad; without
+            it those are that hold more error than half of their signal.
+        undone: Whether it is the stored weight that is divided by the scales instead: then no
+            channel counts more than it does in the checkpoint.
     """
     errors = BlockErrors(_bad_ratio(part, weight, checkpoint, scales, expected_db))
     block_size = weight.format.block_size or _FLOAT_BLOCK
     for start, stop in chunks(len(part), weight.shape):
-        expected, found = _both(part, weight, checkpoint, scales, (start, stop))
+        expected, found = _both(part, weight, checkpoint, scales, (start, stop), undone=undone)
         errors.add(start, expected, found, block_size)
     return errors
 
@@ -149,12 +172,16 @@ def _both(
     checkpoint: Checkpoint,
     scales: Scales | None,
     rows: tuple[int, int],
+    *,
+    undone: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rows of a part as they should be, and as they are."""
+    """Rows of a part as they should be, and as they are; see `measure`."""
     start, stop = rows
     expected = checkpoint_rows(part, checkpoint, start, stop)
     found = weight.rows(part.start + start, part.start + stop)
-    if scales is not None:
+    if scales is not None and undone:
+        found = _divided(_divided(found, scales.columns), scales.rows[start:stop, None])
+    elif scales is not None:
         expected = expected * scales.columns
         expected *= scales.rows[start:stop, None]
     return (expected[None], found[None]) if expected.ndim == 1 else (expected, found)
@@ -193,6 +220,13 @@ def _sampled(rows: int) -> range:
     return range(0, rows, max(1, rows // _SAMPLE_ROWS))
 
 
+def _divided(values: NDArray[np.float32], factors: NDArray[np.float32]) -> NDArray[np.float32]:
+    import numpy as np
+
+    quotient: NDArray[np.float32] = np.divide(values, np.where(factors == 0, 1, factors))
+    return quotient.astype(np.float32, copy=False)
+
+
 def checkpoint_rows(
     part: WeightPart, checkpoint: Checkpoint, start: int, stop: int
 ) -> NDArray[np.float32]:
@@ -225,12 +259,14 @@ def expected_sqnr_db(part: WeightPart, weight: StoredWeight, checkpoint: Checkpo
     else:
         picked = _sampled(len(part))
         rows = np.concatenate([checkpoint_rows(part, checkpoint, i, i + 1) for i in picked])
-    if weight.format.quantized:
-        if not _is_written_by_phiconv(weight.format):
-            return 6.02 * weight.format.bits - 3
+    if not weight.format.quantized:
+        stored = _round_to_float(rows, weight.format.dtype)
+    elif weight.format.dtype in GGML_TYPES:
+        stored = _round_to_ggml(rows, weight.format.dtype)
+    elif _is_matmulnbits(weight.format):
         stored = _round_to_blocks(rows, weight.format)
     else:
-        stored = _round_to_float(rows, weight.format.dtype)
+        return 6.02 * weight.format.bits - 3
     difference = np.nan_to_num(stored - rows, posinf=0.0, neginf=0.0)
     return decibel(_energy(rows), _energy(difference))
 
@@ -251,10 +287,22 @@ def _round_to_float(rows: NDArray[np.float32], dtype: str) -> NDArray[np.float32
     return rounded
 
 
-def _is_written_by_phiconv(stored: Format) -> bool:
+def _is_matmulnbits(stored: Format) -> bool:
     from phiconv.kernels.matmulnbits import BLOCK_SIZES
 
-    return stored.bits in (4, 8) and stored.block_size in BLOCK_SIZES
+    is_known = stored.bits in (4, 8) and stored.block_size in BLOCK_SIZES
+    return stored.dtype == "int" and is_known
+
+
+def _round_to_ggml(rows: NDArray[np.float32], type_name: str) -> NDArray[np.float32]:
+    import numpy as np
+
+    from phiconv.kernels import ggml
+
+    width = rows.shape[1]
+    packed = np.empty((len(rows), ggml.row_nbytes(type_name, width)), np.uint8)
+    ggml.quantize_rows(rows, type_name, packed)
+    return ggml.dequantize_rows(packed, type_name, width)
 
 
 def _round_to_blocks(rows: NDArray[np.float32], stored: Format) -> NDArray[np.float32]:
@@ -262,14 +310,14 @@ def _round_to_blocks(rows: NDArray[np.float32], stored: Format) -> NDArray[np.fl
 
     from phiconv.kernels import matmulnbits
 
-    options = {"bits": stored.bits, "block_size": stored.block_size}
+    options = {"bits": int(stored.bits), "block_size": stored.block_size}
     shapes = matmulnbits.layout(*rows.shape, **options)
     packed = np.empty(shapes.packed, np.uint8)
     scales = np.empty(shapes.scales, np.float16 if stored.scale_dtype == "f16" else np.float32)
     zero_points = None if stored.symmetric else np.empty(shapes.zero_points, np.uint8)
     matmulnbits.quantize_rows(
         rows,
-        bits=stored.bits,
+        bits=int(stored.bits),
         block_size=stored.block_size,
         symmetric=stored.symmetric,
         search="none",
@@ -281,7 +329,7 @@ def _round_to_blocks(rows: NDArray[np.float32], stored: Format) -> NDArray[np.fl
         packed,
         scales,
         zero_points,
-        bits=stored.bits,
+        bits=int(stored.bits),
         block_size=stored.block_size,
         K=rows.shape[1],
         symmetric=stored.symmetric,

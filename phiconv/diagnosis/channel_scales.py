@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phiconv.checkpoint import Checkpoint
-    from phiconv.diagnosis.stored_weight import StoredWeight
-    from phiconv.diagnosis.weight_map import WeightPart
+    from phiconv.diagnosis.weight_format import StoredWeight
+    from phiconv.diagnosis.weight_part import WeightPart
 
 _ITERATIONS = 3
 # Scales are scales when a quarter of them differ from the middle one by a percent.

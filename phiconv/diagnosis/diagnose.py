@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,28 +11,27 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from phiconv.diagnosis.config_lint import lint_config
 from phiconv.diagnosis.decoder_graph import DecoderGraph, read_decoder
+from phiconv.diagnosis.examination import Examination
 from phiconv.diagnosis.ladder import ACTIVATIONS, GRAPH, PROVIDER, Ladder
+from phiconv.diagnosis.layer_errors import StreamErrors
 from phiconv.diagnosis.length_lint import lint_lengths
 from phiconv.diagnosis.probe import rounds_activations
-from phiconv.diagnosis.residual import StreamErrors, layer_errors, stream_errors
+from phiconv.diagnosis.residual import layer_errors, stream_errors
 from phiconv.diagnosis.results import Diagnosis
-from phiconv.diagnosis.sqnr import tensor_errors
-from phiconv.diagnosis.verdict import Evidence, find_faults, known_causes, verdict
+from phiconv.diagnosis.verdict import Evidence, known_causes
 from phiconv.diagnosis.weight_map import map_weights
 from phiconv.diagnosis.wiring_lint import lint_wiring
 from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.runtimes.onnxruntime import model_file
 from phiconv.runtimes.providers import CPU, ProviderChoice
-from phiconv.runtimes.reference import final_hidden_states
-from phiconv.runtimes.stored_reference import token_set_record
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from phiconv.checkpoint import Checkpoint, ModelConfig
-    from phiconv.diagnosis.results import Finding, LayerError, TensorError
-    from phiconv.diagnosis.weight_map import WeightPart
+    from phiconv.diagnosis.results import Finding, LayerError
+    from phiconv.diagnosis.weight_part import WeightPart
     from phiconv.report.results import Provenance
     from phiconv.stages.stage import Progress
     from phiconv.tokens import TokenSet
@@ -74,17 +71,30 @@ def diagnose(
         raise EnvironmentLacksError(f"{provider.target} is not present on this machine")
     file = model_file(artifact)
     graph = read_decoder(_load(file), str(file))
-    run = _Run(graph, checkpoint, file, tokens.windows, provider.provider, threads, progress)
+    examination = Examination(artifact, checkpoint, tokens, threads, progress)
     findings = _lint(graph, checkpoint.config)
     parts = map_weights(graph, checkpoint)
-    tensors = run.tensors(parts)
-    states, hidden = run.reference()
+    tensors = examination.weights(parts)
+    states, hidden = examination.reference()
     # the reference's layers cannot be run on values of another width
     fits = not any(tensor.status == "misfit" for tensor in tensors)
+    stream = StreamErrors([], [])
     try:
-        stream = run.stream(states) if fits else StreamErrors([], [])
+        if fits:
+            progress.start(tokens.windows.size * len(graph.layers), "tokens")
+            stream = stream_errors(
+                graph,
+                checkpoint,
+                file,
+                tokens.windows,
+                states,
+                provider=provider.provider,
+                threads=threads,
+                advance=progress.advance,
+            )
         del states
-        ladder, provenance = run.climb(hidden, parts, provider)
+        ladder = examination.ladder(hidden)
+        provenance = _climb(ladder, graph, file, parts, provider)
     except StageError as error:
         if causes := known_causes(findings, tensors):
             error.message = f"{error.message}; {causes}"
@@ -97,21 +107,7 @@ def diagnose(
         findings=findings,
         weights_stage=ladder.weights_stage,
     )
-    faults = find_faults(evidence)
-    return Diagnosis(
-        artifact=str(artifact),
-        checkpoint=checkpoint.source,
-        tokens=token_set_record(tokens),
-        provenance=provenance,
-        ladder=tuple(ladder.rungs),
-        layers=tuple(stream.layers),
-        operators=tuple(stream.operators),
-        tensors=tuple(tensors),
-        findings=tuple(findings),
-        faults=faults,
-        verdict=verdict(evidence, faults),
-        versions={name: metadata.version(name) for name in _TOOLS},
-    )
+    return examination.conclusion(evidence, provenance)
 
 
 def lint_artifact(artifact: Path, config: ModelConfig) -> list[Finding]:
@@ -128,31 +124,18 @@ def lint_artifact(artifact: Path, config: ModelConfig) -> list[Finding]:
     return _lint(read_decoder(_load(file), str(file)), config)
 
 
-def compare_weights(
-    artifact: Path, checkpoint: Checkpoint, *, threads: int, progress: Progress
-) -> list[TensorError]:
-    """Every weight of an artifact against the checkpoint's; nothing is run.
-
-    Memory: a weight for each thread, as stored, and twice in fp32 where it is not as good as its
-    format allows.
+def artifact_weights(artifact: Path, checkpoint: Checkpoint) -> list[WeightPart]:
+    """Every weight of an artifact and what it should equal; none is read yet.
 
     Args:
         artifact: Its folder.
         checkpoint: What it was made from.
-        threads: How many weights are compared at once; does not change the result.
-        progress: Told which weights are done.
 
     Raises:
-        StageError: The graph is no decoder that could be read, or data is missing.
+        StageError: The graph is no decoder that could be read.
     """
     file = model_file(artifact)
-    parts = map_weights(read_decoder(_load(file), str(file)), checkpoint)
-    return tensor_errors(
-        parts,
-        checkpoint,
-        threads=threads,
-        advance=lambda _, place: progress.advance(0, f"weights: {place}"),
-    )
+    return map_weights(read_decoder(_load(file), str(file)), checkpoint)
 
 
 def measure_layers(
@@ -197,75 +180,25 @@ def _lint(graph: DecoderGraph, config: ModelConfig) -> list[Finding]:
     ]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One diagnosis under way."""
-
-    graph: DecoderGraph
-    checkpoint: Checkpoint
-    file: Path
-    windows: NDArray[np.int64]
-    provider: str
-    threads: int
-    progress: Progress
-
-    def tensors(self, parts: Sequence[WeightPart]) -> list[TensorError]:
-        """Every weight against the checkpoint's."""
-        self.progress.start(self.checkpoint.nbytes, "bytes")
-        return tensor_errors(
-            parts, self.checkpoint, threads=self.threads, advance=self.progress.advance
-        )
-
-    def reference(self) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
-        """The reference's residual stream by layer, and its final hidden states."""
-        self.progress.start(self.windows.size * self.checkpoint.config.num_hidden_layers, "tokens")
-        states: list[NDArray[np.float32]] = []
-        hidden = final_hidden_states(
-            self.checkpoint,
-            self.windows,
-            threads=self.threads,
-            advance=self.progress.advance,
-            observe=lambda _, stream: states.append(stream.copy()),
-        )
-        return states, hidden
-
-    def stream(self, states: Sequence[NDArray[np.float32]]) -> StreamErrors:
-        """Every layer and step of the artifact."""
-        self.progress.start(self.windows.size * len(self.graph.layers), "tokens")
-        return stream_errors(
-            self.graph,
-            self.checkpoint,
-            self.file,
-            self.windows,
-            states,
-            provider=self.provider,
-            threads=self.threads,
-            advance=self.progress.advance,
-        )
-
-    def climb(
-        self, hidden: NDArray[np.float32], parts: Sequence[WeightPart], choice: ProviderChoice
-    ) -> tuple[Ladder, Provenance]:
-        """The ladder, and where its last rung ran."""
-        self.progress.start(None, "tokens")
-        ladder = Ladder(
-            self.checkpoint,
-            self.windows,
-            hidden,
-            threads=self.threads,
-            advance=self.progress.advance,
-        )
-        ladder.checkpoint_dtype()
-        if half_precision(self.graph):
-            ladder.cast()
-        ladder.weights(parts)
-        rounded = any(rounds_activations(node) for node in self.graph.model.graph)
-        if rounded or self.provider != CPU:
-            ladder.graph(self.graph, self.file)
-        if rounded and self.provider != CPU:
-            ladder.artifact(ACTIVATIONS, self.file.parent, ProviderChoice(CPU, CPU))
-        stage = PROVIDER if self.provider != CPU else ACTIVATIONS if rounded else GRAPH
-        return ladder, ladder.artifact(stage, self.file.parent, choice)
+def _climb(
+    ladder: Ladder,
+    graph: DecoderGraph,
+    file: Path,
+    parts: Sequence[WeightPart],
+    choice: ProviderChoice,
+) -> Provenance:
+    """Every rung; where the last of them ran."""
+    ladder.checkpoint_dtype()
+    if half_precision(graph):
+        ladder.cast()
+    ladder.weights(parts)
+    rounded = any(rounds_activations(node) for node in graph.model.graph)
+    if rounded or choice.provider != CPU:
+        ladder.graph(graph, file)
+    if rounded and choice.provider != CPU:
+        ladder.artifact(ACTIVATIONS, file.parent, ProviderChoice(CPU, CPU))
+    stage = PROVIDER if choice.provider != CPU else ACTIVATIONS if rounded else GRAPH
+    return ladder.artifact(stage, file.parent, choice)
 
 
 def half_precision(graph: DecoderGraph) -> bool:

@@ -7,7 +7,7 @@ llama.cpp's src/llama-model.cpp and src/models/phi3.cpp.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -56,6 +56,7 @@ _NEUTRAL: Mapping[str, tuple[_Key, tuple[Scalar, ...]]] = {
     "rope.scale_linear": (_Key("rotary embedding", _ROTARY), (0.0, 1.0)),
     "expert_count": (_Key("experts", "mlp"), (0,)),
 }
+_HEAD = "output.weight"
 _FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -78,7 +79,7 @@ def lint_gguf(file: Path, checkpoint: Checkpoint) -> list[Finding]:
         *_architecture(structure, checkpoint.config),
         *_heads(structure, checkpoint.config),
         *_factors(file, structure, checkpoint.config),
-        *_more_tensors(structure, checkpoint),
+        *_other_tensors(structure, checkpoint),
         *_special_tokens(structure, checkpoint),
     ]
 
@@ -169,16 +170,21 @@ def _other(found: list[float] | None, wanted: tuple[float, ...]) -> str:
     return ""
 
 
-def _more_tensors(structure: GgufStructure, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Biases and scales, which llama.cpp uses where a file has them."""
-    known = {*_FACTORS, *gguf_names(checkpoint.tensors, checkpoint.config).values()}
-    more = [tensor.name for tensor in structure.tensors if tensor.name not in known]
+def _other_tensors(structure: GgufStructure, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What is missing; and biases and scales, which llama.cpp uses where a file has them."""
+    wanted = set(gguf_names(checkpoint.tensors, checkpoint.config).values())
+    found = {tensor.name for tensor in structure.tensors}
     # a tied head may be stored a second time
-    more = [name for name in more if name != "output.weight"]
+    more = sorted(found - wanted - {*_FACTORS, _HEAD})
     if more:
-        shown = ", ".join(more[:_SHOWN]) + (", …" if len(more) > _SHOWN else "")
-        message = f"the checkpoint has nothing like {shown}"
+        message = f"the checkpoint has nothing like {_shortened(more)}"
         yield Finding("tensors", "error", "model", (), message)
+    if lacking := sorted(wanted - found):
+        yield Finding("tensors", "error", "model", (), f"the file lacks {_shortened(lacking)}")
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _special_tokens(structure: GgufStructure, checkpoint: Checkpoint) -> Iterator[Finding]:

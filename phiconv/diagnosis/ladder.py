@@ -16,7 +16,7 @@ from phiconv.diagnosis.substituted_weights import rounded_to_fp16, with_weights_
 from phiconv.errors import StageError
 from phiconv.metrics import PositionStatistics, compare_logits, summary
 from phiconv.metrics.positions import NO_TARGET
-from phiconv.runtimes import ArtifactFolder
+from phiconv.runtimes import ArtifactFolder, Runtime
 from phiconv.runtimes.onnxruntime import Session
 from phiconv.runtimes.providers import CPU, ProviderChoice
 from phiconv.runtimes.reference import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from phiconv.checkpoint import Checkpoint
     from phiconv.diagnosis.decoder_graph import DecoderGraph
-    from phiconv.diagnosis.weight_map import WeightPart
+    from phiconv.diagnosis.weight_part import WeightPart
     from phiconv.report.results import Provenance
 
 REFERENCE = "reference"
@@ -50,6 +50,7 @@ QUANTIZED = "quantized weights"
 GRAPH = "graph"
 ACTIVATIONS = "int8 activations"
 PROVIDER = "provider"
+LLAMA_CPP = "llama.cpp"
 
 
 class Ladder:
@@ -120,6 +121,11 @@ class Ladder:
         description = f"the artifact as it is on {choice.provider}"
         self._add(stage, description, lambda: session.logits(self._windows))
         return session.provenance()
+
+    def llama_cpp(self, open_runtime: Callable[[], Runtime]) -> None:
+        """A GGUF file as it is in llama.cpp, which may refuse to open it."""
+        description = "the file as it is in llama.cpp, activations rounded as its kernels do"
+        self._add(LLAMA_CPP, description, lambda: open_runtime().logits(self._windows))
 
     def _add(
         self,

@@ -7,18 +7,14 @@ not pass from one step to the next, because every step starts from the artifact'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phiconv.diagnosis.decoder_graph import DecoderGraph, DecoderLayer, Linear, Norm
 from phiconv.diagnosis.probe import rounds_activations
-from phiconv.diagnosis.results import OperatorError, finite
-from phiconv.diagnosis.stored_weight import (
-    StoredWeight,
-    embedding_weight,
-    linear_weight,
-    norm_weight,
-)
+from phiconv.diagnosis.results import OperatorError
+from phiconv.diagnosis.step_check import INT8_TOLERANCE, StepCheck, Values
+from phiconv.diagnosis.stored_weight import embedding_weight, linear_weight, norm_weight
 from phiconv.errors import StageError
 
 if TYPE_CHECKING:
@@ -28,14 +24,7 @@ if TYPE_CHECKING:
 
     from phiconv.checkpoint import ModelConfig
     from phiconv.diagnosis.reference_steps import ReferenceSteps
-
-# What rounding explains, by the coarsest type that a step reads or writes.
-_TOLERANCES = {"float32": 1e-3, "float16": 1e-2}
-# Activations rounded to int8, each block of them with a scale of its own.
-_INT8_TOLERANCE = 5e-2
-_WEIGHT_ROWS = 8192
-
-Values = Mapping[str, "NDArray[Any]"]
+    from phiconv.diagnosis.weight_format import StoredWeight
 
 
 def layer_end(graph: DecoderGraph, layer: DecoderLayer) -> Norm | None:
@@ -87,24 +76,27 @@ def layer_operators(
         steps: The reference's steps for windows of that length.
         config: The checkpoint's configuration.
     """
-    check = _Check(values, layer.index)
-    check.norm("input_layernorm", layer.input_norm, steps)
+    check = StepCheck(values, layer.index, steps)
+    _check_norm(check, "input_layernorm", layer.input_norm)
     for linear in layer.qkv:
-        check.linear(f"self_attn.{linear.role}", linear, steps)
+        _check_linear(check, f"self_attn.{linear.role}", linear)
     _check_attention(check, layer, steps, config)
     residual = None if layer.input_norm is None else layer.input_norm.residual
     if layer.o_proj is not None:
-        check.linear("self_attn.o_proj", layer.o_proj, steps)
-        check.addition("self_attn.residual", residual, layer.o_proj.output, layer.post_norm)
-    check.norm("post_attention_layernorm", layer.post_norm, steps)
+        _check_linear(check, "self_attn.o_proj", layer.o_proj)
+        end = layer.post_norm
+        _check_addition(check, "self_attn.residual", residual, layer.o_proj.output, end)
+    _check_norm(check, "post_attention_layernorm", layer.post_norm)
     for linear in layer.gate_up:
-        check.linear(f"mlp.{linear.role}", linear, steps)
+        _check_linear(check, f"mlp.{linear.role}", linear)
     if layer.down is not None:
-        parts = [linear.output for linear in layer.gate_up]
-        check.step("mlp.activation", parts, layer.down.input, lambda *x: steps.gated(_packed(x)))
-        check.linear("mlp.down_proj", layer.down, steps)
+        parts = [_name(linear.output) for linear in layer.gate_up]
+        gated = _name(layer.down.input)
+        check.step("mlp.activation", parts, gated, lambda *x: steps.gated(_packed(x)))
+        _check_linear(check, "mlp.down_proj", layer.down)
         residual = None if layer.post_norm is None else layer.post_norm.residual
-        check.addition("mlp.residual", residual, layer.down.output, layer_end(graph, layer))
+        end = layer_end(graph, layer)
+        _check_addition(check, "mlp.residual", residual, layer.down.output, end)
     return check.errors
 
 
@@ -112,29 +104,28 @@ def end_operators(
     graph: DecoderGraph, values: Values, window: NDArray[np.int64], steps: ReferenceSteps
 ) -> tuple[list[OperatorError], list[OperatorError]]:
     """The embedding's step, and those of the final norm and the head."""
-    before, after = _Check(values, None), _Check(values, None)
+    before, after = StepCheck(values, None, steps), StepCheck(values, None, steps)
     if graph.embedding is not None:
         table = _readable(embedding_weight, graph.embedding)
         if table is not None:
-            before.step(
-                "embed_tokens", [], graph.embedding.outputs[0], lambda: _rows(table, window)
-            )
-    after.norm("norm", graph.final_norm, steps)
+            output = _name(graph.embedding.outputs[0])
+            before.rows("embed_tokens", output, table, window.tolist())
+    _check_norm(after, "norm", graph.final_norm)
     if graph.head is not None:
-        after.linear("lm_head", graph.head, steps)
+        _check_linear(after, "lm_head", graph.head)
     return before.errors, after.errors
 
 
 def _check_attention(
-    check: _Check, layer: DecoderLayer, steps: ReferenceSteps, config: ModelConfig
+    check: StepCheck, layer: DecoderLayer, steps: ReferenceSteps, config: ModelConfig
 ) -> None:
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    parts = [linear.output for linear in layer.qkv]
+    parts = [_name(linear.output) for linear in layer.qkv]
     if len(layer.rotary) == 2 and len(parts) == 3:
         for what, source, node in zip(("queries", "keys"), parts, layer.rotary, strict=False):
             name = f"self_attn.rotary ({what})"
-            check.step(name, [source], node.outputs[0], lambda x: steps.rotated(x))
+            check.step(name, [source], _name(node.outputs[0]), lambda x: steps.rotated(x))
     elif len(layer.attention.outputs) > 1 and layer.attention.outputs[1].name:
 
         def keys(*found: NDArray[Any]) -> NDArray[np.float32]:
@@ -142,118 +133,33 @@ def _check_attention(
             heads = rotated.reshape(len(rotated), config.num_key_value_heads, -1)
             return heads.transpose(1, 0, 2)  # as the KV cache has them
 
-        check.step("self_attn.rotary (keys)", parts, layer.attention.outputs[1], keys)
-    output = layer.attention.outputs[0]
+        check.step("self_attn.rotary (keys)", parts, _name(layer.attention.outputs[1]), keys)
+    output = _name(layer.attention.outputs[0])
     check.step("self_attn.attention", parts, output, lambda *x: steps.attention(_packed(x)))
 
 
-class _Check:
-    """Compares steps of one layer and keeps the results."""
-
-    def __init__(self, values: Values, layer: int | None):
-        self.errors: list[OperatorError] = []
-        self._values = values
-        self._layer = layer
-
-    def norm(self, component: str, norm: Norm | None, steps: ReferenceSteps) -> None:
-        weight = None if norm is None else _readable(norm_weight, norm.weight)
-        if norm is None or weight is None:
-            return
-        rows = weight.rows(0, weight.shape[0])
-        self.step(component, [norm.residual], norm.output, lambda x: steps.norm(x, rows))
-
-    def linear(self, component: str, linear: Linear, steps: ReferenceSteps) -> None:
-        weight = _readable(linear_weight, linear.node)
-        if weight is None:
-            return
-        least = _INT8_TOLERANCE if rounds_activations(linear.node) else 0.0
-        self.step(
-            component, [linear.input], linear.output, lambda x: _product(x, weight, steps), least
-        )
-
-    def addition(
-        self, component: str, residual: ir.Value | None, block: ir.Value, end: Norm | None
-    ) -> None:
-        if end is not None and residual is not None:
-            self.step(component, [residual, block], end.residual, lambda a, b: _float(a) + b)
-
-    def step(
-        self,
-        component: str,
-        inputs: Sequence[ir.Value],
-        output: ir.Value,
-        compute: Callable[..., NDArray[np.float32]],
-        least_tolerance: float = 0.0,
-    ) -> None:
-        """Compares `output` with `compute(*inputs)`, all values by name."""
-        import numpy as np
-
-        arrays = [self._values.get(str(value.name)) for value in (*inputs, output)]
-        if not all(array is not None for array in arrays):
-            return
-        *read, found = [array for array in arrays if array is not None]
-        if not all(np.isfinite(array).all() for array in read):
-            return  # the step that made them is the one to name
-        expected = compute(*read)
-        if found.size != expected.size:
-            return  # a shape of its own: what reads it says so
-        found = found.reshape(expected.shape)
-        kinds = {array.dtype.name for array in (*read, *(a for a in arrays[-1:] if a is not None))}
-        tolerance = max(least_tolerance, *(_TOLERANCES.get(kind, 1e-3) for kind in kinds))
-        self.errors.append(_error(component, self._layer, found, expected, tolerance))
+def _check_norm(check: StepCheck, component: str, norm: Norm | None) -> None:
+    if norm is not None:
+        weight = _readable(norm_weight, norm.weight)
+        check.norm(component, _name(norm.residual), _name(norm.output), weight)
 
 
-def _error(
-    component: str,
-    layer: int | None,
-    found: NDArray[Any],
-    expected: NDArray[np.float32],
-    tolerance: float,
-) -> OperatorError:
-    import numpy as np
-
-    usable = np.isfinite(found)
-    largest = float(np.abs(found[usable].astype(np.float32)).max(initial=0.0))
-    if not usable.all():
-        count = f"{int((~usable).sum())} of {usable.size} values"
-        peak = float(np.abs(expected).max(initial=0.0))
-        detail = f"{count} are not finite; in fp32 they reach {peak:.4g}"
-        if found.dtype == np.float16 and peak > (limit := float(np.finfo(np.float16).max)):
-            detail = f"{count} overflow fp16: they reach {peak:.6g}, it ends at {limit:.6g}"
-        return OperatorError(component, layer, None, tolerance, largest, detail)
-    return OperatorError(component, layer, relative_error(found, expected), tolerance, largest)
+def _check_linear(check: StepCheck, component: str, linear: Linear) -> None:
+    weight = _readable(linear_weight, linear.node)
+    least = INT8_TOLERANCE if rounds_activations(linear.node) else 0.0
+    check.linear(component, _name(linear.input), _name(linear.output), weight, least)
 
 
-def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float | None:
-    """|found - expected| / |expected|, Euclidean; None when it is not finite."""
-    import numpy as np
-
-    # not numpy.linalg.norm: BLAS would start its threads for a few thousand numbers
-    difference = float(np.square(np.subtract(found, expected, dtype=np.float64)).sum())
-    length = float(np.square(expected, dtype=np.float64).sum())
-    if difference == 0:
-        return 0.0
-    return finite((difference / length) ** 0.5) if length > 0 else None
+def _check_addition(
+    check: StepCheck, component: str, residual: ir.Value | None, block: ir.Value, end: Norm | None
+) -> None:
+    if end is not None and residual is not None:
+        names = [_name(residual), _name(block)]
+        check.step(component, names, _name(end.residual), lambda a, b: _float(a) + b)
 
 
-def _product(
-    values: NDArray[Any], weight: StoredWeight, steps: ReferenceSteps
-) -> NDArray[np.float32]:
-    import numpy as np
-
-    rows = weight.shape[0]
-    flat = values.reshape(len(values), -1)
-    blocks = [
-        steps.linear(flat, weight.rows(start, min(start + _WEIGHT_ROWS, rows)))
-        for start in range(0, rows, _WEIGHT_ROWS)
-    ]
-    return np.concatenate(blocks, axis=1)
-
-
-def _rows(table: StoredWeight, window: NDArray[np.int64]) -> NDArray[np.float32]:
-    import numpy as np
-
-    return np.concatenate([table.rows(token, token + 1) for token in window.tolist()])
+def _name(value: ir.Value) -> str:
+    return str(value.name)
 
 
 def _readable(read: Callable[[Any], StoredWeight], what: Any) -> StoredWeight | None:

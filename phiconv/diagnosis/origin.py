@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from phiconv.diagnosis.block_errors import checkpoint_rows
 from phiconv.diagnosis.results import place
-from phiconv.diagnosis.weight_map import EMBEDDING, WeightPart
+from phiconv.diagnosis.weight_part import EMBEDDING, WeightPart
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from phiconv.checkpoint import Checkpoint, ModelConfig
-    from phiconv.diagnosis.stored_weight import StoredWeight
+    from phiconv.diagnosis.weight_format import StoredWeight
 
 _SAMPLE = 24
 # Cosine from which two rows count as equal: quantizing to 4 bits leaves about 0.996.

@@ -16,8 +16,8 @@ from phiconv.errors import StageError
 
 if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
-    from phiconv.diagnosis.stored_weight import StoredWeight
-    from phiconv.diagnosis.weight_map import WeightPart
+    from phiconv.diagnosis.weight_format import StoredWeight
+    from phiconv.diagnosis.weight_part import WeightPart
 
 # GPTQ, which rounds with an eye on the output, is up to 5 dB noisier than plain rounding where a
 # layer's inputs are alike (measured on o_proj of tiny-phi3).
@@ -34,6 +34,8 @@ _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
+# Once its factors are undone, hardly a block of a rescaled weight is bad.
+_RESCALED_BAD = 0.02
 # A few bad blocks are a corruption, many are a wrong weight.
 _FEW_BLOCKS = 0.5
 # How many wrong weights are searched for what they hold instead.
@@ -124,6 +126,10 @@ def _rescaled(
     errors = measure(part, weight, checkpoint, scales, expected_db=expected)
     before = -math.inf if found.sqnr_db is None else found.sqnr_db
     if _status(errors, expected, weight) != "ok" or errors.sqnr_db < before + _PLAIN_DB:
+        return None
+    # a few huge values fit any factors, and would be all of the signal
+    undone = measure(part, weight, checkpoint, scales, undone=True)
+    if undone.bad_blocks > _RESCALED_BAD * undone.blocks:
         return None
     detail = "rescaled channel by channel, as AWQ does; the figure is without the scales"
     return replace(found, status="rescaled", sqnr_db=finite(errors.sqnr_db), detail=detail)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from phiconv.checkpoint.folder import member
 from phiconv.diagnosis.decoder_graph import constant_source
+from phiconv.diagnosis.weight_format import Format, StoredWeight
 from phiconv.errors import CheckpointError, StageError
 
 if TYPE_CHECKING:
@@ -22,36 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _FLOATS = {"FLOAT": "f32", "FLOAT16": "f16", "BFLOAT16": "bf16", "DOUBLE": "f64"}
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a weight is stored.
-
-    Attributes:
-        bits: Bits of a code, or of a float.
-        dtype: `int`, or the float type: `f32`, `f16`, `bf16`, `f64`.
-        block_size: Weights that share a scale; 0 for floats.
-        symmetric: Whether there are no zero points.
-        scale_dtype: Float type of the scales; empty for floats.
-    """
-
-    bits: int
-    dtype: str
-    block_size: int = 0
-    symmetric: bool = True
-    scale_dtype: str = ""
-
-    def __str__(self) -> str:
-        if not self.quantized:
-            return self.dtype
-        kind = "" if self.symmetric else " asymmetric"
-        return f"int{self.bits} block {self.block_size}{kind}"
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it is stored as integers."""
-        return self.dtype == "int"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +78,7 @@ class BlockWeight:
         import numpy as np
 
         blocks, size = self.scales.shape[1], self.format.block_size
-        codes = unpack(self.packed[start:stop], self.format.bits)[:, : blocks * size]
+        codes = unpack(self.packed[start:stop], int(self.format.bits))[:, : blocks * size]
         if codes.shape[1] < blocks * size:
             codes = np.pad(codes, ((0, 0), (0, blocks * size - codes.shape[1])))
         values = codes.reshape(-1, blocks, size).astype(np.float32)
@@ -122,11 +93,8 @@ class BlockWeight:
             return np.float32(self.default_zero_point)
         zero = self.zero_points[start:stop]
         if zero.dtype == np.uint8:
-            zero = unpack(zero, self.format.bits)[:, :blocks]
+            zero = unpack(zero, int(self.format.bits))[:, :blocks]
         return zero[:, :, None].astype(np.float32)
-
-
-StoredWeight = DenseWeight | BlockWeight
 
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -135,9 +103,11 @@ def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
     if bits == 8:
         return packed
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (packed[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(len(packed), -1)
+    per_byte, mask = 8 // bits, np.uint8((1 << bits) - 1)
+    codes = np.empty((len(packed), packed.shape[1] * per_byte), np.uint8)
+    for place in range(per_byte):
+        codes[:, place::per_byte] = (packed >> np.uint8(place * bits)) & mask
+    return codes
 
 
 def linear_weight(node: ir.Node) -> StoredWeight:
@@ -152,7 +122,7 @@ def linear_weight(node: ir.Node) -> StoredWeight:
     transposed = node.op_type in ("FusedMatMul", "Gemm") and "transB" in node.attributes
     if transposed and node.attributes["transB"].as_int():
         return weight
-    return _transposed(weight, str(node.name))
+    return _transposed(weight)
 
 
 def embedding_weight(node: ir.Node) -> StoredWeight:
@@ -311,13 +281,13 @@ def _codes(values: NDArray[Any], bits: int) -> tuple[NDArray[np.uint8], float]:
     return pairs[:, :, 0] | (pairs[:, :, 1] << np.uint8(4)), float(offset)
 
 
-def _evaluate(value: ir.Value | None, where: str) -> StoredWeight:
+def _evaluate(value: ir.Value | None, where: str) -> DenseWeight:
     """Follows a weight back through layout changes to what is stored."""
     node = None if value is None else value.producer()
     if node is not None and node.op_type in ("Cast", "Identity"):
         return _evaluate(node.inputs[0], where)
     if node is not None and node.op_type == "Transpose":
-        return _transposed(_evaluate(node.inputs[0], where), where)
+        return _transposed(_evaluate(node.inputs[0], where))
     if node is not None and node.op_type == "DequantizeLinear":
         return _dequantize_linear(node, where)
     values = constant(value)
@@ -362,9 +332,7 @@ def _dequantize_linear(node: ir.Node, where: str) -> DenseWeight:
     )
 
 
-def _transposed(weight: StoredWeight, where: str) -> DenseWeight:
-    if isinstance(weight, BlockWeight):
-        raise StageError("a block-wise weight that is transposed", where=where)
+def _transposed(weight: DenseWeight) -> DenseWeight:
     return DenseWeight(weight.name, weight.format, weight.values.T)
 
 

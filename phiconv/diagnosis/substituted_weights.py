@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from phiconv.diagnosis.weight_map import WeightPart
+    from phiconv.diagnosis.weight_part import WeightPart
 
 _LM_HEAD = "lm_head.weight"
 _FLOAT_BYTES = 4

@@ -14,6 +14,7 @@ from phiconv.diagnosis.results import (
     Rung,
     TensorError,
 )
+from phiconv.diagnosis.weight_format import FLOATS
 from phiconv.gates import DEFAULT
 from phiconv.metrics import METRICS
 
@@ -24,6 +25,13 @@ _AMPLIFICATION = 8.0
 _ACCUMULATED = 10.0
 # With more than this share of the weights wrong, it is another model.
 _OTHER_MODEL = 0.5
+# What else a step may be wrong by.
+_CAUSES = {
+    "self_attn.attention": ("self_attn.rotary",),
+    "input_layernorm": ("norms",),
+    "post_attention_layernorm": ("norms",),
+    "norm": ("norms",),
+}
 _BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
 
 
@@ -38,6 +46,7 @@ class Evidence:
         tensors: Every weight.
         findings: What the lints found.
         weights_stage: The rung at which the artifact's weights come in.
+        graph_stage: The rung at which its graph does.
     """
 
     rungs: Sequence[Rung]
@@ -46,6 +55,7 @@ class Evidence:
     tensors: Sequence[TensorError]
     findings: Sequence[Finding]
     weights_stage: str
+    graph_stage: str = GRAPH
 
 
 def find_faults(evidence: Evidence) -> tuple[Fault, ...]:
@@ -55,25 +65,26 @@ def find_faults(evidence: Evidence) -> tuple[Fault, ...]:
     nothing else explains is a fault of its own.
     """
     entry = entry_rung(evidence.rungs)
-    faults = [*_findings(evidence.findings), *_tensors(evidence)]
-    faults = _with_operators(faults, evidence.operators, _running_stage(entry))
+    faults = [*_findings(evidence.findings, evidence.graph_stage), *_tensors(evidence)]
+    faults = _with_operators(faults, evidence, entry)
     faults += _unexplained_blocks(faults, evidence)
     return tuple(sorted(faults, key=lambda fault: entry is None or fault.stage != entry.stage))
 
 
 def known_causes(findings: Sequence[Finding], tensors: Sequence[TensorError]) -> str:
     """What was found without running, for an artifact that does not run; empty if nothing."""
-    faults = [*_findings(findings), *weight_faults(tensors, "weights")]
+    faults = [*_findings(findings, GRAPH), *weight_faults(tensors, "weights")]
     if not faults:
         return ""
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"found without running it: {faults[0].place}: {faults[0].message}{more}"
 
 
-def _running_stage(entry: Rung | None) -> str:
+def _running_stage(evidence: Evidence, entry: Rung | None) -> str:
     """Where a wrong step belongs that no finding explains: to the graph, or to what runs it."""
     running = (ACTIVATIONS, PROVIDER)
-    return entry.stage if entry is not None and entry.stage in running else GRAPH
+    is_running = entry is not None and entry.stage in running
+    return entry.stage if entry is not None and is_running else evidence.graph_stage
 
 
 def entry_rung(rungs: Sequence[Rung]) -> Rung | None:
@@ -129,14 +140,14 @@ def verdict(evidence: Evidence, faults: Sequence[Fault]) -> str:
         return f"a fault {where}, but {'; '.join(failed)}{stage}{more}"
     if not failed:
         return f"no fault found: {measured}{stage}"
-    formats = sorted({tensor.format for tensor in evidence.tensors if "block" in tensor.format})
+    formats = sorted({tensor.format for tensor in evidence.tensors} - FLOATS - {""})
     explained = f", which is the cost of {' and '.join(formats)} here" if formats else ""
     return f"no fault found, but {'; '.join(failed)}{stage}{explained}"
 
 
-def _findings(findings: Sequence[Finding]) -> list[Fault]:
+def _findings(findings: Sequence[Finding], stage: str) -> list[Fault]:
     return [
-        Fault(GRAPH, finding.component, finding.layers, finding.message)
+        Fault(stage, finding.component, finding.layers, finding.message)
         for finding in findings
         if finding.severity == "error"
     ]
@@ -189,20 +200,18 @@ def _tensor_message(tensor: TensorError) -> str:
     return f"{figures}; {tensor.detail}" if tensor.detail else figures
 
 
-def _with_operators(
-    faults: list[Fault], operators: Sequence[OperatorError], stage: str
-) -> list[Fault]:
+def _with_operators(faults: list[Fault], evidence: Evidence, entry: Rung | None) -> list[Fault]:
     """Adds wrong steps: to the fault that explains them, else as faults of their own."""
     faults = list(faults)
     own: dict[tuple[str, bool], list[OperatorError]] = {}
     rotated_wrongly: set[int | None] = set()
-    for operator in operators:
+    for operator in evidence.operators:
         if not operator.is_fault:
             continue
         component = operator.component.partition(" (")[0]
         if component == "self_attn.rotary":
             rotated_wrongly.add(operator.layer)
-        explained = _explaining(faults, component, operator.layer)
+        explained = _explaining(faults, component, operator.layer, evidence.graph_stage)
         if explained is not None:
             fault = faults[explained]
             line = f"{operator.place}: {_operator_message([operator])}"
@@ -211,19 +220,20 @@ def _with_operators(
             own.setdefault((component, operator.relative_error is None), []).append(operator)
     for (component, _), found in own.items():
         layers = tuple(operator.layer for operator in found if operator.layer is not None)
+        stage = _running_stage(evidence, entry)
         faults.append(Fault(stage, component, layers, _operator_message(found)))
     return faults
 
 
-def _explaining(faults: Sequence[Fault], component: str, layer: int | None) -> int | None:
+def _explaining(
+    faults: Sequence[Fault], component: str, layer: int | None, graph_stage: str
+) -> int | None:
     """The finding that a wrong step follows from."""
-    causes = {component}
-    if component == "self_attn.attention":
-        causes.add("self_attn.rotary")
+    causes = {component, *_CAUSES.get(component, ())}
     for index, fault in enumerate(faults):
-        if fault.stage != GRAPH or fault.component not in causes:
+        if fault.stage != graph_stage or fault.component not in causes:
             continue
-        if layer is None or layer in fault.layers:
+        if layer is None or not fault.layers or layer in fault.layers:
             return index
     return None
 
@@ -259,7 +269,7 @@ def _unexplained_blocks(faults: Sequence[Fault], evidence: Evidence) -> list[Fau
                     f"its contribution is off by {error:.2g} on its own input, its weights and "
                     f"types explain at most {limit:.2g}"
                 )
-                found.append(Fault(GRAPH, prefix, (layer.layer,), message))
+                found.append(Fault(evidence.graph_stage, prefix, (layer.layer,), message))
     return found
 
 

@@ -18,6 +18,7 @@ from phiconv.checkpoint import Checkpoint, TensorInfo
 from phiconv.checkpoint.config import EMBEDDING, LM_HEAD
 from phiconv.errors import StageError
 from phiconv.gguf.plan import gguf_names
+from phiconv.gguf.tensors import GgufTensors
 from phiconv.report.results import Provenance
 from phiconv.runtimes.llama_cpp import gguf_file
 from phiconv.runtimes.providers import ProviderChoice
@@ -64,29 +65,28 @@ class DequantizedWeights:
 
     def provenance(self) -> Provenance:
         """Says that llama.cpp did not run."""
-        return Provenance(
-            runtime=machine.LLAMA_CPP,
-            runtime_version=f"none; gguf {version('gguf')}, torch {version('torch')}",
-            target_provider=self._choice.target,
-            provider=self._choice.provider,
-            device=machine.processor(),
-            threads=self._threads,
-        )
+        return stand_in(self._choice, self._threads)
+
+
+def stand_in(choice: ProviderChoice, threads: int) -> Provenance:
+    """What a report says of weights that are run in place of llama.cpp."""
+    return Provenance(
+        runtime=machine.LLAMA_CPP,
+        runtime_version=f"none; gguf {version('gguf')}, torch {version('torch')}",
+        target_provider=choice.target,
+        provider=choice.provider,
+        device=machine.processor(),
+        threads=threads,
+    )
 
 
 class _GgufWeights:
     """What the reference needs of a checkpoint, read from a GGUF file as float32."""
 
     def __init__(self, path: Path, checkpoint: Checkpoint):
-        import gguf
-
         self.path = checkpoint.path
         self.config = checkpoint.config
-        try:
-            reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise StageError(f"not a GGUF file: {error}", where=str(path)) from error
-        found = {tensor.name: tensor for tensor in reader.tensors}
+        found = GgufTensors(path)
         names = gguf_names(checkpoint.tensors, checkpoint.config)
         if names.get(LM_HEAD) not in found:
             names[LM_HEAD] = names[EMBEDDING]
@@ -104,17 +104,11 @@ class _GgufWeights:
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows `[start, stop)` of a tensor."""
-        import numpy as np
-        from gguf.quants import dequantize
-
-        stored = self._stored[name]
-        values: NDArray[Any] = dequantize(stored.data[start:stop], stored.tensor_type)
-        return np.array(values, np.float32)  # F32 would be a view of the mapped file
+        return self._stored[name].rows(start, stop)
 
 
-def _info(name: str, checkpoint: Checkpoint, dimensions: Any) -> TensorInfo:
-    """The tensor's place in the checkpoint with the file's shape; GGUF counts columns first."""
-    source = name if name in checkpoint.tensors else EMBEDDING
-    shape = tuple(int(size) for size in reversed(dimensions))
+def _info(source: str, checkpoint: Checkpoint, shape: tuple[int, ...]) -> TensorInfo:
+    """The tensor's place in the checkpoint with the file's shape."""
+    known = source if source in checkpoint.tensors else EMBEDDING
     nbytes = prod(shape) * _FLOAT_BYTES
-    return replace(checkpoint.tensors[source], name=name, dtype="f32", shape=shape, nbytes=nbytes)
+    return replace(checkpoint.tensors[known], name=source, dtype="f32", shape=shape, nbytes=nbytes)

@@ -167,10 +167,27 @@ class _ChatMessage(ctypes.Structure):
     _fields_ = (("role", ctypes.c_char_p), ("content", ctypes.c_char_p))
 
 
-class _Context:
-    """A KV cache of a given length on an opened file."""
+class Context:
+    """A KV cache of a given length on an opened file.
 
-    def __init__(self, file: LlamaFile, length: int, threads: int):
+    Args:
+        file: The file.
+        length: How many tokens it is for.
+        threads: Threads of llama.cpp.
+        watcher: A `ggml_backend_sched_eval_callback`, told of every value that is computed; the
+            caller keeps it as long as the context lives.
+
+    Raises:
+        StageError: llama.cpp makes no such context.
+    """
+
+    def __init__(
+        self,
+        file: LlamaFile,
+        length: int,
+        threads: int,
+        watcher: ctypes.c_void_p | None = None,
+    ):
         self._file = file
         self._calls = file.library.calls
         self.length = length
@@ -182,6 +199,7 @@ class _Context:
         params.flash_attn_type = FLASH_ATTENTION_OFF
         params.type_k = params.type_v = TYPE_F32
         params.offload_kqv = False
+        params.cb_eval = watcher
         self._pointer = self._calls.llama_init_from_model(file.model, params)
         if not self._pointer:
             raise StageError(
@@ -236,7 +254,7 @@ class LlamaCppModel:
         self._choice = choice
         self._threads = threads
         self._file = LlamaFile(gguf_file(folder.path))
-        self._context: _Context | None = None
+        self._context: Context | None = None
 
     def logits(self, windows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """Yields the logits of each window, see `phiconv.runtimes.Runtime.logits`."""
@@ -270,26 +288,36 @@ class LlamaCppModel:
 
     def provenance(self) -> Provenance:
         """Says which build of llama.cpp ran and how."""
-        return Provenance(
-            runtime=machine.LLAMA_CPP,
-            runtime_version=self._file.library.version,
-            target_provider=self._choice.target,
-            provider=machine.LLAMA_CPP,
-            device=machine.processor(),
-            threads=self._threads,
-            options={
-                "type_k": "F32",
-                "type_v": "F32",
-                "flash_attn": "off",
-                "n_ubatch": str(_UBATCH),
-                "system_info": self._file.library.system_info,
-            },
-        )
+        return provenance(self._choice, self._threads)
 
-    def _fresh(self, length: int) -> _Context:
+    def _fresh(self, length: int) -> Context:
         """An empty context for this many tokens."""
         if self._context is None or self._context.length != length:
             self._context = None  # gives the memory of the last one back first
-            self._context = _Context(self._file, length, self._threads)
+            self._context = Context(self._file, length, self._threads)
         self._context.clear()
         return self._context
+
+
+def provenance(choice: ProviderChoice, threads: int) -> Provenance:
+    """Which build of llama.cpp runs GGUF files here, and how.
+
+    Raises:
+        EnvironmentLacksError: There is no llama.cpp.
+    """
+    library = open_library()
+    return Provenance(
+        runtime=machine.LLAMA_CPP,
+        runtime_version=library.version,
+        target_provider=choice.target,
+        provider=machine.LLAMA_CPP,
+        device=machine.processor(),
+        threads=threads,
+        options={
+            "type_k": "F32",
+            "type_v": "F32",
+            "flash_attn": "off",
+            "n_ubatch": str(_UBATCH),
+            "system_info": library.system_info,
+        },
+    )

@@ -17,6 +17,7 @@ from phiconv.report.results import Check, CheckState
 if TYPE_CHECKING:
     from phiconv.checkpoint import Checkpoint
     from phiconv.diagnosis import Finding
+    from phiconv.diagnosis.weight_part import WeightPart
     from phiconv.parity.results import ParityReport
     from phiconv.report.results import Provenance
     from phiconv.runtimes.kernel_support import KernelFinding
@@ -158,20 +159,33 @@ def _check_graph(lint: Callable[[], Sequence[Finding]]) -> Checked:
 
 
 def check_weights(
-    folder: Path, checkpoint: Checkpoint, *, threads: int, progress: Progress
+    parts: Callable[[], Sequence[WeightPart]],
+    checkpoint: Checkpoint,
+    *,
+    threads: int,
+    progress: Progress,
 ) -> Checked:
     """Whether every weight is the checkpoint's, as near as its format allows.
 
     What no text of a measurement shows is found here: a row of a rare token, a scale with one bit
     flipped. Where most weights are unlike the checkpoint's, the artifact is another model's or its
     weights were rotated; the logits tell the two apart, so nothing is counted.
+
+    Args:
+        parts: Finds the artifact's weights.
+        checkpoint: What it was made from.
+        threads: How many weights are compared at once; does not change the result.
+        progress: Told which weights are done.
     """
-    from phiconv.diagnosis.diagnose import compare_weights
+    from phiconv.diagnosis.sqnr import tensor_errors
     from phiconv.diagnosis.verdict import of_another_model, weight_faults
+
+    def advance(_: int, place: str) -> None:
+        progress.advance(0, f"weights: {place}")
 
     name, metric = "weights", "weights.faults"
     try:
-        found = compare_weights(folder, checkpoint, threads=threads, progress=progress)
+        found = tensor_errors(parts(), checkpoint, threads=threads, advance=advance)
     except StageError as error:
         return Checked((Check(name, "not_checked", f"cannot be read: {error.message}"),), {})
     faults = weight_faults(found, name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phiconv.errors import StageError
+from phiconv import machine
+from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.report.results import LayerErrorRecord
 
 if TYPE_CHECKING:
@@ -33,18 +34,22 @@ def measure(
     A graph whose layers cannot be read has its logits measured all the same.
 
     Args:
-        folder: The ONNX artifact.
+        folder: The artifact: an ONNX model's folder, or a GGUF file or its folder.
         checkpoint: What it was made from.
         windows: The reference's token ids [n, T]; the first `LAYER_TOKENS` of the first are used.
-        provider: Where it runs, by ONNX Runtime's name.
+        provider: Where it runs: by ONNX Runtime's name, or llama.cpp.
         threads: CPU threads.
     """
     from phiconv.diagnosis.diagnose import measure_layers
+    from phiconv.diagnosis.gguf_stream import measure_gguf_layers
 
     window = windows[:1, :LAYER_TOKENS]
     try:
-        found = measure_layers(folder, checkpoint, window, provider=provider, threads=threads)
-    except StageError as error:
+        if provider == machine.LLAMA_CPP:
+            found = measure_gguf_layers(folder, checkpoint, window, threads=threads)
+        else:
+            found = measure_layers(folder, checkpoint, window, provider=provider, threads=threads)
+    except (EnvironmentLacksError, StageError) as error:
         return (), f"Not measured by layer: {error.message}"
     return tuple(map(_record, found)), ""
 

@@ -85,12 +85,12 @@ class ValidateParams(TokenSetParams):
     )
     layer_errors: bool = Field(
         True,
-        description="Also measure the error of every layer of an ONNX artifact, on the first 128 "
-        "tokens.",
+        description="Also measure the error of every layer, on the first 128 tokens; of a GGUF "
+        "file inside llama.cpp.",
     )
     weight_errors: bool = Field(
         True,
-        description="Also compare every weight of an ONNX artifact with the checkpoint's.",
+        description="Also compare every weight with the checkpoint's.",
     )
     length_probes: bool = Field(
         False,
@@ -123,7 +123,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
@@ -194,9 +194,8 @@ class Validate:
         if params.runtime == "llama.cpp":
             key["binding"] = machine.llama_cpp_binding()
             key["gguf"] = machine.version("gguf")
-        else:
-            key["layer_errors"] = params.layer_errors
-            key["weight_errors"] = params.weight_errors
+        key["layer_errors"] = params.layer_errors
+        key["weight_errors"] = params.weight_errors
         return key
 
     def requires(self, params: ValidateParams) -> tuple[Requirement, ...]:
@@ -286,16 +285,25 @@ def _artifact(params: ValidateParams, ctx: StageContext) -> Path:
 
 
 def _check_statically(params: ValidateParams, choice: ProviderChoice, ctx: StageContext) -> Checked:
+    from phiconv.diagnosis.diagnose import artifact_weights
+    from phiconv.diagnosis.diagnose_gguf import gguf_weights
     from phiconv.stages.checks import check_gguf, check_statically, check_weights, joined
 
-    folder = _artifact(params, ctx)
+    artifact, checkpoint = _artifact(params, ctx), ctx.checkpoint
     if params.runtime == "llama.cpp":
-        return check_gguf(folder, ctx.checkpoint)
-    static = check_statically(folder, ctx.checkpoint, params.provider, choice.target)
+        static, weights = check_gguf(artifact, checkpoint), gguf_weights
+    else:
+        static = check_statically(artifact, checkpoint, params.provider, choice.target)
+        weights = artifact_weights
     if not params.weight_errors:
         return static
-    weights = check_weights(folder, ctx.checkpoint, threads=ctx.threads, progress=ctx.progress)
-    return joined([static, weights])
+    compared = check_weights(
+        lambda: weights(artifact, checkpoint),
+        checkpoint,
+        threads=ctx.threads,
+        progress=ctx.progress,
+    )
+    return joined([static, compared])
 
 
 def _with_checks(
@@ -327,10 +335,11 @@ def _with_layers(
     """The measurement with the error of every layer; the runtime's session is gone by now."""
     from dataclasses import replace
 
+    from phiconv.runtimes.providers import DEQUANTIZED
     from phiconv.stages.layer_errors import measure
 
     provider = measurement.provenance.provider
-    if not params.layer_errors or params.runtime == "llama.cpp" or provider is None:
+    if not params.layer_errors or provider is None or provider == DEQUANTIZED:
         return measurement
     ctx.progress.advance(0, "layers")
     layers, note = measure(

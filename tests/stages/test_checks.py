@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from phiconv.checkpoint import Checkpoint
+from phiconv.diagnosis.diagnose import artifact_weights
 from phiconv.machine import CPU, CUDA
 from phiconv.report.results import Provenance
 from phiconv.runtimes.placement import count_nodes, placed_nodes, stray_nodes
@@ -119,7 +120,12 @@ class TestWeights:
     @staticmethod
     def weights(artifact: Path, checkpoint: Path = TINY) -> Checked:
         opened = Checkpoint(checkpoint)
-        return check_weights(artifact, opened, threads=2, progress=SilentProgress())
+        return check_weights(
+            lambda: artifact_weights(artifact, opened),
+            opened,
+            threads=2,
+            progress=SilentProgress(),
+        )
 
     def test_clean(self, int4: Path) -> None:
         found = self.weights(int4)

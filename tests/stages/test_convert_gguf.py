@@ -120,6 +120,7 @@ def test_measured_on_llama_cpp(checkpoint: Path, tmp_path: Path) -> None:
         "graph": "clean",
         "tokenizer": "clean",
         "chat template": "clean",
+        "weights": "clean",
     }
     assert found.measurement.metrics["parity.tokenizer"] == 0
     assert "parity.genai_config" not in found.measurement.metrics
@@ -134,8 +135,9 @@ def test_without_llama_cpp_the_weights_are_measured_and_it_is_said(
     assert found.verdict == (
         "passed on dequantized weights in PyTorch, target llama.cpp not present"
     )
-    graph, *parity = found.measurement.checks
+    graph, *parity, weights = found.measurement.checks
     assert (graph.name, graph.state) == ("graph", "clean")
+    assert (weights.name, weights.state) == ("weights", "clean")
     for check in parity:
         assert check.state == "not_checked"
         assert "what is measured is the weights, not the runtime" in check.summary
