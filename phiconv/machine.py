@@ -14,6 +14,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from phiconv import dxgi
+
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DML = "DmlExecutionProvider"
@@ -59,7 +61,7 @@ def providers() -> tuple[str, ...]:
     found = []
     if any("onnxruntime_providers_cuda" in name for name in names) and cuda_devices() > 0:
         found.append(CUDA)
-    if "DirectML.dll" in names:
+    if "DirectML.dll" in names and dxgi.gpus() != ():
         found.append(DML)
     return (*found, CPU)
 

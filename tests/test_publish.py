@@ -16,6 +16,7 @@ from phiconv.workspace import Entry, Session, Workspace
 from phiconv.workspace.collect import collect
 from phiconv.workspace.lending import take_back
 from phiconv.workspace.session import open_session
+from tests.links import link_or_skip
 from tests.test_workspace import KEY
 from tests.test_workspace import publish as make_entry
 from tests.toy_stages import assert_whole, files_in
@@ -97,7 +98,7 @@ def test_refuses_an_output_that_is_a_file_or_a_link(session: Session, tmp_path: 
         check_destination(tmp_path / "file")
     (tmp_path / "out").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out" / "artifact").symlink_to(tmp_path / "elsewhere")
+    link_or_skip(tmp_path / "out" / "artifact", tmp_path / "elsewhere", to_folder=True)
     with pytest.raises(RecipeError):
         check_destination(tmp_path / "out")
 

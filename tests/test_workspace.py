@@ -24,6 +24,7 @@ from phiconv.workspace.disk import disk_full, free_bytes, rename, rename_over, s
 from phiconv.workspace.entry import read_manifest
 from phiconv.workspace.session import open_session
 from phiconv.workspace.store import remove_tree
+from tests.links import link_or_skip
 
 KEY = "ab" + "0" * 62
 
@@ -75,7 +76,7 @@ def test_home_is_the_variable_or_the_cache_folder(
     monkeypatch.setenv("PHICONV_HOME", str(tmp_path))
     assert Workspace.default().home == tmp_path
     monkeypatch.delenv("PHICONV_HOME")
-    assert Workspace.default().home.name == "phiconv"
+    assert "phiconv" in Workspace.default().home.parts
 
 
 def test_published_entry_is_found_with_its_digests(session: Session) -> None:
@@ -99,7 +100,7 @@ def test_digests_handed_over_are_not_computed_again(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "later_ns"), [(b"abd", 5), (b"ab", 0), (b"ab", 5), (b"abcd", 0), (b"", 0)]
+    ("data", "later_ns"), [(b"abd", 500), (b"ab", 0), (b"ab", 500), (b"abcd", 0), (b"", 0)]
 )
 def test_a_changed_file_is_a_miss(session: Session, data: bytes, later_ns: int) -> None:
     file = publish(session, {"a.bin": b"abc"}).path / "a.bin"
@@ -111,10 +112,10 @@ def test_a_changed_file_is_a_miss(session: Session, data: bytes, later_ns: int) 
 
 def test_a_touched_file_is_hashed_once_and_stamped_anew(session: Session) -> None:
     entry = publish(session, {"a.bin": b"abc"})
-    os.utime(entry.path / "a.bin", ns=(7, 7))
+    os.utime(entry.path / "a.bin", ns=(700, 700))
     found = session.find("onnx", KEY)
     assert found is not None
-    assert found.files["a.bin"].mtime_ns == 7
+    assert found.files["a.bin"].mtime_ns == 700  # NTFS counts in hundreds
     stored = read_manifest(entry.folder)
     assert stored is not None
     assert stored.files == found.files, "so nothing is hashed the next time"
@@ -176,7 +177,7 @@ def test_nothing_and_links_are_not_published(session: Session, tmp_path: Path) -
     with pytest.raises(StageError, match="wrote no file"):
         publish(session, {})
     with session.scratch() as folder:
-        (folder / "artifact" / "a").symlink_to(tmp_path)
+        link_or_skip(folder / "artifact" / "a", tmp_path)
         with pytest.raises(StageError, match="symbolic link"):
             session.publish(entry_in(folder), {})
     assert list(session.folder.iterdir()) == []

@@ -64,7 +64,7 @@ def signals_handled() -> Iterator[None]:
 
 def _send_to_main_thread(number: int) -> None:
     if sys.platform == "win32":
-        _thread.interrupt_main(number)  # which ends no system call
+        _thread.interrupt_main(signal.Signals(number))  # which ends no system call
     else:
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 

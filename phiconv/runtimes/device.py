@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-from phiconv import machine
+from phiconv import dxgi, machine
 
 
 def describe_device(provider: str) -> tuple[str, str | None]:
@@ -14,6 +14,9 @@ def describe_device(provider: str) -> tuple[str, str | None]:
         return cuda_device() or ("CUDA device", None)
     if provider == machine.CPU:
         return machine.processor(), None
+    if provider == machine.DML and (found := dxgi.gpus()):
+        # which of several DirectML took, ONNX Runtime does not tell
+        return " or ".join(dict.fromkeys(found)), None
     return provider.removesuffix("ExecutionProvider"), None
 
 

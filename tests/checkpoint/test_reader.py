@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from phiconv.checkpoint import Checkpoint, CheckpointProblemsError, DigestCache
 from phiconv.errors import CheckpointError
+from tests.links import link_or_skip
 from tests.phi3_checkpoints import phi3_config, phi3_tensors, write_phi3_checkpoint
 
 SHARDS = [f"model-{index:05d}-of-00003.safetensors" for index in (1, 2, 3)]
@@ -48,13 +49,6 @@ def edit_tensors(path: Path, edit) -> None:
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
-
-
-def symlink(link: Path, target: Path | str) -> None:
-    try:
-        link.symlink_to(target)
-    except OSError:
-        pytest.skip("this platform lets nobody make symbolic links")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
@@ -344,20 +338,20 @@ def test_a_shard_path_that_leaves_the_folder(sharded, name):
 def test_a_symbolic_link_that_leaves_the_folder(sharded, name):
     outside = sharded.parent / "outside"
     (sharded / name).rename(outside)
-    symlink(sharded / name, outside)
+    link_or_skip(sharded / name, outside)
     assert refusal(sharded).message == f"{name!r} leads out of the checkpoint's folder"
 
 
 def test_a_symbolic_link_within_the_folder(sharded):
     (sharded / "blobs").mkdir()
     (sharded / SHARDS[1]).rename(sharded / "blobs" / "x")
-    symlink(sharded / SHARDS[1], Path("blobs") / "x")
+    link_or_skip(sharded / SHARDS[1], Path("blobs") / "x")
     assert len(Checkpoint(sharded).weight_files) == 3
 
 
 def test_a_circular_symbolic_link(sharded):
     (sharded / SHARDS[1]).unlink()
-    symlink(sharded / SHARDS[1], SHARDS[1])
+    link_or_skip(sharded / SHARDS[1], SHARDS[1])
     assert refusal(sharded).message == f"{SHARDS[1]} is missing"
 
 
@@ -378,10 +372,10 @@ def test_a_snapshot_of_the_hugging_face_cache(sharded, tmp_path):
         blob = repository / "blobs" / file.name
         if file.name == SHARDS[0]:
             shutil.copy(file, cache / "blobs" / "ab" / "shared")
-            symlink(blob, Path("..", "..", "blobs", "ab", "shared"))
+            link_or_skip(blob, Path("..", "..", "blobs", "ab", "shared"))
         else:
             shutil.copy(file, blob)
-        symlink(snapshot / file.name, Path("..", "..", "blobs", file.name))
+        link_or_skip(snapshot / file.name, Path("..", "..", "blobs", file.name))
     checkpoint = Checkpoint(snapshot)
     assert np.array_equal(checkpoint.read(DOWN), Checkpoint(sharded).read(DOWN))
 
@@ -389,5 +383,5 @@ def test_a_snapshot_of_the_hugging_face_cache(sharded, tmp_path):
     other.mkdir(parents=True)
     shutil.copy(sharded / SHARDS[1], other / "x")
     (snapshot / SHARDS[1]).unlink()
-    symlink(snapshot / SHARDS[1], other / "x")
+    link_or_skip(snapshot / SHARDS[1], other / "x")
     assert "leads out of the checkpoint's folder" in refusal(snapshot).message
