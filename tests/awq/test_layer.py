@@ -126,12 +126,40 @@ def test_outliers_are_scaled_away(
         assert record.loss_rtn is not None
         assert record.loss_scaled < 0.7 * record.loss_rtn
         assert record.loss_gptq is None
-        if record.tensors[0] in result.clips:
-            assert record.loss_clipped is not None
-            assert record.loss_clipped < record.loss_scaled
+        assert record.loss_clipped is not None
+        clipped = record.tensors[0] in result.clips
+        assert clipped == (record.loss_clipped < record.loss_scaled)
     assert set(result.columns) == set(NAMES)
-    queries_and_keys = result.clips.get(NAMES[0], np.zeros((192, 1), np.uint8))[:192]
-    assert not queries_and_keys.any()
+    assert 0 < len(result.clips) < len(NAMES), "clip limits are kept where they help"
+
+
+def test_queries_and_keys_are_never_clipped(
+    checkpoint: Checkpoint, statistics: dict[str, InputStatistics]
+) -> None:
+    result = searched(checkpoint, statistics, settings(scale=False, clip=True))
+    assert set(result.clips) == set(NAMES)
+    clips = result.clips[NAMES[0]]
+    values = 128 + 64  # four heads of 32 queries, two of keys
+    assert not clips[:values].any()
+    assert clips[values:].any()
+    plain = searched(checkpoint, statistics, settings(scale=False))
+    assert not plain.clips
+    assert [record.loss_clipped for record in plain.records] == [None] * len(NAMES)
+
+
+def test_losses_are_shares_of_the_output(
+    checkpoint: Checkpoint, statistics: dict[str, InputStatistics]
+) -> None:
+    result = searched(checkpoint, statistics, settings(scale=False))
+    for record in result.records:
+        (name,) = record.tensors
+        weight, gram = checkpoint.read(name).astype(np.float32), statistics[name].gram.numpy()
+        ones = Folded(weight, *(np.ones(size, np.float32) for size in reversed(weight.shape)))
+        lost, whole = (
+            np.einsum("nk,kl,nl->", part, gram, part, dtype=np.float64)
+            for part in (Nearest(GRID, "mse", 1).errors(ones), weight)
+        )
+        assert record.loss_rtn == record.loss_scaled == pytest.approx(lost / whole, rel=1e-4)
 
 
 def test_scales_cancel_out(checkpoint: Checkpoint, statistics: dict[str, InputStatistics]) -> None:

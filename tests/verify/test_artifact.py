@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ def test_sound_artifacts(dist: dict[str, Path], folder: Path) -> None:
     for path in (folder, gguf, next(gguf.glob("*.gguf"))):
         found = verify(path)
         assert (found.kind, found.problems, found.notes) == ("artifact", (), ())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_gguf_file_cut_short(dist: dict[str, Path], tmp_path: Path, alone: bool) -> None:
+    artifact = copied(dist[GGUF] / "artifact", tmp_path / "artifact")
+    file = next(artifact.glob("*.gguf"))
+    os.truncate(file, file.stat().st_size - 1)
+    (found,) = verify(file if alone else artifact).problems
+    assert found.file == file.name
+    assert "ends" in found.what or "beyond" in found.what or "truncated" in found.what
+    assert found.remedy
 
 
 EDITS: dict[str, tuple[Edit, str]] = {
