@@ -32,6 +32,7 @@ check: $(READY)  ## Lint, format check, types, import directions, generated docu
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(BIN)/lint-imports
 
 docs: $(READY)  ## Regenerate the generated documents.

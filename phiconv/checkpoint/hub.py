@@ -220,7 +220,7 @@ def _translated_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise RecipeError(
-            f"{repo_id!r} is neither a folder nor a valid Hugging Face id: {error}",
+            f"'{repo_id}' is neither a folder nor a valid Hugging Face id: {error}",
             where="model.source",
             remedy="give a folder, or an id such as microsoft/Phi-3-mini-4k-instruct",
         ) from error

@@ -51,7 +51,7 @@ def resolve(
     if os.path.isdir(folder):  # noqa: PTH112
         if revision is not None:
             raise RecipeError(
-                f"a revision belongs to a model on the Hub, but {source!r} is a folder here",
+                f"a revision belongs to a model on the Hub, but '{source}' is a folder here",
                 where="model.revision",
                 remedy="leave the revision out, or rename the folder",
             )
@@ -81,19 +81,19 @@ def looks_like_path(source: str) -> bool:
 def _refuse_path(source: str, folder: str) -> None:
     if os.path.exists(folder):  # noqa: PTH110
         raise RecipeError(
-            f"{source!r} is a file; a checkpoint is a folder",
+            f"'{source}' is a file; a checkpoint is a folder",
             where="model.source",
             remedy="give the folder that holds config.json and the safetensors files",
         )
     if "://" in source:
         raise RecipeError(
-            f"{source!r} is a URL",
+            f"'{source}' is a URL",
             where="model.source",
             remedy="give the model's id, such as microsoft/Phi-3-mini-4k-instruct",
         )
     if looks_like_path(source):
         raise EnvironmentLacksError(
-            f"there is no folder {source!r}",
+            f"there is no folder '{source}'",
             where="model.source",
             remedy="check the path; it is relative to the current folder",
         )

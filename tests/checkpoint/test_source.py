@@ -151,7 +151,7 @@ def test_what_looks_like_a_path(source, expected):
 )
 def test_a_path_that_does_not_exist_is_not_looked_up(environment, source):
     error = refusal(EnvironmentLacksError, source)
-    assert error.message == f"there is no folder {source!r}"
+    assert error.message == f"there is no folder '{source}'"
     assert environment.requests == []
 
 
