@@ -70,7 +70,7 @@ def kl_distribution_svg(histogram: Histogram, name: str, *, mean: float | None) 
             axes.axvline(mean, color=_INK, linewidth=1.2, linestyle="--")
             side = "right" if mean > np.sqrt(bins[0] * bins[-1]) else "left"
             axes.annotate(
-                f" mean {mean:.3g} ",
+                f"\N{NO-BREAK SPACE}mean {mean:.3g}\N{NO-BREAK SPACE}",  # plain ones are cut off
                 (mean, 1.0),
                 xycoords=("data", "axes fraction"),
                 ha=side,
