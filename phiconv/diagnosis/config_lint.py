@@ -39,7 +39,7 @@ _COS_INPUT = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}
 def lint_config(graph: DecoderGraph, config: ModelConfig) -> list[Finding]:
     """Every contradiction between a graph and a configuration, equal ones of layers merged."""
     found = list(_model(graph, config))
-    windowed = any(_window_size(layer) is not None for layer in graph.layers)
+    windowed = any(_window_size(layer) == config.sliding_window for layer in graph.layers)
     for layer in graph.layers:
         found += _attention(layer, config)
         found += _window(layer, config, windowed)
@@ -111,7 +111,7 @@ def _window_size(layer: DecoderLayer) -> int | None:
 
 
 def _window(layer: DecoderLayer, config: ModelConfig, windowed: bool) -> Iterator[Finding]:
-    """The sliding window is the checkpoint's; `windowed` says whether any layer has one.
+    """The sliding window is the checkpoint's; `windowed` says whether any layer has that.
 
     A provider may have no windows; then no layer has one, which is known and matters beyond it.
     """
@@ -125,7 +125,7 @@ def _window(layer: DecoderLayer, config: ModelConfig, windowed: bool) -> Iterato
     message = f"attention window {size or 'none'}, the checkpoint has {text}"
     if size is None:
         message += f": another result for more than {text} tokens"
-    severity: Any = "error" if windowed else "warning"
+    severity: Any = "error" if windowed or size is not None else "warning"
     yield Finding("attention window", severity, "self_attn.attention", (layer.index,), message)
 
 

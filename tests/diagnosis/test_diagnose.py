@@ -17,12 +17,12 @@ from phiconv import machine
 from phiconv.checkpoint import Checkpoint
 from phiconv.diagnosis import Diagnosis, Rung
 from phiconv.diagnosis.diagnose import diagnose, measure_layers
-from phiconv.errors import EnvironmentLacksError
+from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.onnx.quantize import Target, WeightInfo, quantize_graph
 from phiconv.runtimes.providers import CPU, ProviderChoice
 from phiconv.stages.stage import SilentProgress
 from phiconv.tokens import TokenSet, load_token_set
-from tests.diagnosis.planting import change, planted
+from tests.diagnosis.planting import change, node, planted
 from tests.onnx.builder_oracle import build_with_builder
 from tests.onnx.models import initializers, lay_out, write
 from tests.onnx_artifacts import write_onnx_artifact
@@ -264,6 +264,20 @@ def test_an_artifact_of_another_width(fp32: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(machine.CUDA in machine.providers(), reason="this machine has CUDA")
+def test_an_artifact_that_does_not_run_is_told_why(
+    fp32: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    def edit(model: ir.Model) -> None:
+        attention = node(model, "/model/layers.1/attn/GroupQueryAttention")
+        attention.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", 1)
+
+    with pytest.raises(StageError) as error:
+        run(planted(fp32, tmp_path / "x", edit), checkpoint)
+    assert (
+        "found without running it: layer 1, self_attn.attention: kv_num_heads 1, the checkpoint has"
+    ) in error.value.message
+
+
 def test_a_missing_provider_is_the_environments_fault(fp32: Path, checkpoint: Path) -> None:
     for provider in (None, machine.CUDA):
         with pytest.raises(EnvironmentLacksError):

@@ -136,6 +136,17 @@ def test_a_window_that_one_layer_lacks_is_an_error(packed: Path, checkpoint: Pat
     assert (finding.severity, finding.layers) == ("error", (1,))
 
 
+def test_a_window_that_is_wrong_where_no_other_layer_has_one(
+    packed: Path, checkpoint: Path
+) -> None:
+    def edit(model: ir.Model) -> None:
+        attribute("local_window_size", -1, layers=(0,))(model)
+        attribute("local_window_size", 50, layers=(1,))(model)
+
+    found = {finding.layers: finding.severity for finding in findings(packed, checkpoint, edit)}
+    assert found == {(0,): "warning", (1,): "error"}
+
+
 @pytest.mark.parametrize(("minus", "what"), [(0, "+1"), (2, "-1")])
 def test_a_mask_that_is_off_by_one(packed: Path, checkpoint: Path, minus: int, what: str) -> None:
     def edit(model: ir.Model) -> None:
