@@ -49,15 +49,15 @@ class Display(Protocol):
         """The display is needed no more; safe to call twice."""
 
 
-def make_display(stream: TextIO, *, quiet: bool, terminal: bool | None = None) -> Display:
+def make_display(stream: TextIO | None, *, quiet: bool, terminal: bool | None = None) -> Display:
     """The display that suits a stream.
 
     Args:
-        stream: Where it writes.
+        stream: Where it writes; None is what Python has for a closed stderr.
         quiet: Show nothing.
         terminal: Whether the stream is a terminal; asked of it by default.
     """
-    if quiet:
+    if quiet or stream is None:
         return QuietDisplay()
     if terminal if terminal is not None else stream.isatty():
         return RichDisplay(stream)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from phiconv.progress import make_display
+
 ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
@@ -103,3 +105,45 @@ def examine(workspace):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+LINES = """
+def examine(workspace):
+    import click
+    for _ in range(100_000):
+        click.echo("a line", err={err})
+    return []
+"""
+
+
+@pytest.mark.parametrize("err", [False, True])
+def test_a_reader_that_goes_away_ends_a_command_as_sigpipe_does(err: bool) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(examine=LINES.format(err=err)), "doctor", "2"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if err else subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read() if process.stderr else b""
+    assert process.wait(60) == 141
+    assert said == b""
+    if process.stderr:
+        process.stderr.close()
+
+
+def test_a_closed_stderr_stops_nothing() -> None:
+    display = make_display(None, quiet=False)
+    display.note("nobody hears it")
+    display.close()
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"exec {sys.executable} -m phiconv plan absent.yaml 2>&-"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")

@@ -67,5 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings()
     spell_out_on_stdout()
     with boundary(settings):
-        code = cli.main(args=arguments, prog_name="phiconv", standalone_mode=False, obj=settings)
+        try:
+            code = cli.main(
+                args=arguments, prog_name="phiconv", standalone_mode=False, obj=settings
+            )
+        except SystemExit as ended:
+            if isinstance(ended.__context__, BrokenPipeError):
+                raise ended.__context__ from None  # click would say 1, as for a failure
+            raise
         sys.exit(code if isinstance(code, int) else 0)

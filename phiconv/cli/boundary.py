@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import click
@@ -23,6 +23,8 @@ from phiconv.errors import PhiconvError
 USAGE_CODE = 2
 UNEXPECTED_CODE = 3
 ENVIRONMENT_CODE = 5
+BROKEN_PIPE_CODE = 128 + 13
+"""What a shell says of a process that SIGPIPE ended; Python ignores that signal."""
 DEBUG_VARIABLE = "PHICONV_DEBUG"
 _OF_THE_MACHINE = {
     errno.EACCES,
@@ -89,8 +91,11 @@ def boundary(settings: Settings) -> Iterator[None]:
             sys.exit(TERMINATED_CODE)
         except BrokenPipeError:
             # The reader of our output left; say nothing more, also not when Python flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):  # no stream, or none of a file
+                    os.dup2(nowhere, stream.fileno())
+            sys.exit(BROKEN_PIPE_CODE)
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
                 _unexpected(error, settings)

@@ -174,6 +174,7 @@ _PHRASES = {
     "model_type": "input should be a mapping of keys",
     "string_pattern_mismatch": "must have the form {pattern}",
     "string_too_short": "must not be empty",
+    "string_unicode": "must be text in UTF-8",
     "float_parsing": "input should be a number",
     "int_parsing": "input should be a whole number",
     "int_from_float": "input should be a whole number",
