@@ -20,6 +20,9 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DML = "DmlExecutionProvider"
 
+_PROC = Path("/proc")
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
 LLAMA_CPP = "llama.cpp"
 LLAMA_CPP_BINDINGS = {"xllamacpp": "2026.10.11549", "llama-cpp-python": "0.3.36"}
 """Bindings that carry llama.cpp, the preferred first, each with the one version whose structures
@@ -96,16 +99,51 @@ def has_module(name: str) -> bool:
 
 
 def memory_bytes() -> int:
-    """Physical memory, or the limit of this process's control group where that is less."""
+    """Physical memory, or what this process may have where that is less.
+
+    A control group (of a container, a batch system, a systemd service) or any that it lies in may
+    set a limit, and so may `ulimit -v` and `ulimit -d`.
+    """
     import psutil
 
     total = int(psutil.virtual_memory().total)
-    limit = Path("/sys/fs/cgroup/memory.max")
+    return min([total, *_control_group_limits(), *_own_limits()])
+
+
+def _control_group_limits() -> list[int]:
+    """Bytes that the control group, and those it lies in, may have: version 2, else version 1."""
     try:
-        text = limit.read_text(encoding="ascii").strip()
+        lines = (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return total
-    return min(total, int(text)) if text.isdigit() else total
+        return []
+    found = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers == "":
+            top, name = _CONTROL_GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = _CONTROL_GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # In a container the path may be the host's; the top is the container's own group then.
+        own = top / path.lstrip("/")
+        folders = [own, *own.parents] if ".." not in own.parts else [top]
+        for folder in folders[: folders.index(top) + 1]:
+            try:
+                text = (folder / name).read_text(encoding="ascii").strip()
+            except OSError:
+                continue
+            found += [int(text)] if text.isdigit() else []
+    return found
+
+
+def _own_limits() -> list[int]:
+    """Bytes of address space and of data that the process may have."""
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return [limit for limit in limits if limit != resource.RLIM_INFINITY]
 
 
 def threads() -> int:

@@ -54,7 +54,8 @@ def _memory_errors(plans: Sequence[Plan]) -> list[PhiconvError]:
     if needed <= present:
         return []
     message = f"about {size_text(needed)} of memory is needed, this machine has "
-    return [EnvironmentLacksError(message + size_text(present))]
+    remedy = "use a machine with more memory, or raise the limit that this process was given"
+    return [EnvironmentLacksError(message + size_text(present), remedy=remedy)]
 
 
 def _disk_errors(builds: Sequence[tuple[Plan, Path]], workspace: Workspace) -> list[PhiconvError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -294,6 +295,16 @@ class Runner:
         )
 
 
+_LIMITS = {
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or take a file system without one",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the machine's limit of open files",
+    errno.EROFS: "set PHICONV_HOME to a folder that you can write",
+    errno.EIO: "look at the system's log: a disk may be broken",
+}
+"""What the machine refuses whatever the stage does, and what to do about it."""
+
+
 def _explained(error: Exception, step: Step, folder: Path) -> Exception:
     """The error to raise for what a stage raised: says which stage, and knows a full disk."""
     needed = step.estimate.disk_bytes if step.estimate else None
@@ -306,6 +317,10 @@ def _explained(error: Exception, step: Step, folder: Path) -> Exception:
         about = size_text(machine.memory_bytes())
         message = f"out of memory ({about} in all): {error}"
         return EnvironmentLacksError(message, where=where, remedy="use a machine with more memory")
+    if isinstance(error, OSError) and error.errno in _LIMITS:
+        remedy = _LIMITS[error.errno]
+        lacks = f"{where}: {error.filename}" if error.filename else where
+        return EnvironmentLacksError(str(error.strerror), where=lacks, remedy=remedy)
     if isinstance(error, OSError):
         return StageError(f"{error.strerror or error}", where=f"{where}: {error.filename}")
     if isinstance(error, PhiconvError):

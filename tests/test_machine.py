@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from phiconv import machine
@@ -69,6 +72,43 @@ def test_the_machine_is_described() -> None:
     assert set(described) == {"system", "python", "processor", "cores", "memory"}
     assert machine.memory_bytes() > 2**28
     assert machine.threads() >= 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/build/job\n", {"build/job/memory.max": "max", "build/memory.max": "2000"}, 2000),
+        ("0::/build/job\n", {"build/job/memory.max": "1000", "memory.max": "2000"}, 1000),
+        ("0::/../host\n", {"memory.max": "3000"}, 3000),
+        ("4:cpu,memory:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": "4000"}, 4000),
+        ("3:cpu:/job\n0::/\n", {}, None),
+        ("nonsense\n", {}, None),
+    ],
+)
+def test_memory_is_what_the_control_group_leaves(
+    groups: str,
+    files: dict[str, str],
+    limit: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text + "\n")
+    monkeypatch.setattr(machine, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "_CONTROL_GROUPS", tmp_path / "groups")
+    total = psutil.virtual_memory().total
+    assert machine.memory_bytes() == min([limit or total, *machine._own_limits()])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
+def test_memory_is_what_ulimit_leaves() -> None:
+    code = "from phiconv import machine; print(machine.memory_bytes())"
+    limited = f"ulimit -v 900000 && exec '{sys.executable}' -c '{code}'"
+    done = subprocess.run(["/bin/sh", "-c", limited], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 900_000 * 1024
 
 
 def test_a_meter_measures_time_processor_and_peak_memory() -> None:

@@ -292,6 +292,13 @@ def test_other_operating_system_errors_fail_the_stage(bench: Bench) -> None:
     assert "secret.txt" in str(error.where)
 
 
+def test_a_limit_of_the_machine_is_the_environments_fault(bench: Bench) -> None:
+    error = failing(bench, OSError(errno.EFBIG, "File too large", "model.onnx.data"))
+    assert isinstance(error, EnvironmentLacksError)
+    assert "model.onnx.data" in str(error.where)
+    assert "ulimit -f" in str(error.remedy)
+
+
 def test_too_little_memory_is_the_environments_fault(bench: Bench) -> None:
     error = failing(bench, MemoryError("cannot allocate 5 GB"))
     assert error.exit_code == 5
