@@ -220,6 +220,26 @@ def test_a_group_whose_loss_would_rise_is_not_scaled(checkpoint: Checkpoint) -> 
     assert found.loss == found.plain_loss == 1.0
 
 
+def test_candidates_are_the_papers(checkpoint: Checkpoint) -> None:
+    """s = x^a / w^(1 - a), centred so that the greatest and the least are each other's inverse."""
+    inputs, weights = np.exp(np.random.default_rng(0).standard_normal((2, 128)))
+    tried: list[np.ndarray] = []
+    search_scales(
+        GROUPS[0],
+        checkpoint.config,
+        inputs,
+        weights,
+        lambda columns: float(tried.append(columns) or len(tried)),
+    )
+    assert np.array_equal(tried[0], np.ones(128))
+    for step, found in enumerate(tried[1:]):
+        ratio = step / 20
+        expected = inputs**ratio / weights ** (1 - ratio)
+        expected /= np.sqrt(expected.max() * expected.min())
+        np.testing.assert_allclose(found, expected, rtol=2e-3)  # AutoAWQ adds 1e-4 to w^(1 - a)
+        assert found.max() * found.min() == pytest.approx(1, rel=1e-5)
+
+
 def test_a_gain_too_small_to_trust_is_left() -> None:
     group = GROUPS[3]
     inputs, weights = np.exp(np.random.default_rng(0).standard_normal((2, 64)))

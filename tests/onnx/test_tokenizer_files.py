@@ -94,6 +94,13 @@ def other_flags(tokenizer: Document, config: Document, files: Document) -> None:
             token["rstrip"] = True
 
 
+def flags_left_out(tokenizer: Document, config: Document, files: Document) -> None:
+    for token in config["added_tokens_decoder"].values():
+        for flag in ("normalized", "lstrip", "rstrip", "single_word"):
+            if token[flag] is False:
+                del token[flag]
+
+
 def missing_token(tokenizer: Document, config: Document, files: Document) -> None:
     tokenizer["added_tokens"].pop()
 
@@ -163,7 +170,7 @@ def encoded(folder: Path) -> list[list[int]]:
     return [tokenizer.encode(text) for text in TEXTS]
 
 
-@pytest.mark.parametrize("edit", [None, no_list, old_files_beside_a_list])
+@pytest.mark.parametrize("edit", [None, no_list, old_files_beside_a_list, flags_left_out])
 def test_files_that_need_no_change_are_the_publishers(
     published: Published, edit: Edit | None, tmp_path: Path
 ) -> None:
@@ -301,6 +308,12 @@ def test_without_tokenizer_json_says_what_to_do(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"added_tokens_decoder": []}', "not a tokenizer"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "not a tokenizer"),
         ("special_tokens_map.json", "[]", "must hold a JSON object"),
+        # only what is to be changed is read by the library
+        (
+            "tokenizer.json",
+            '{"added_tokens": [], "model": {"vocab": {"a": 0}, "merges": [["a", 7]]}}',
+            "not a tokenizer",
+        ),
     ],
 )
 def test_broken_files_are_named(file: str, content: str, message: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from phiconv.report.document import (
     report_json,
     report_schema,
 )
+from phiconv.report.results import FileRecord, TensorKindRecord
 from tests.report.results import every_status, measured, not_run, result, validation
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +114,11 @@ def test_a_histogram_and_positions_that_were_edited_are_still_data() -> None:
     found = replace(measured(), kl_histogram=None, kl_by_position=None)
     text = report_json(result(validation("check", found)))
     assert read_report(text, "report.json").validations[0].measurement == found
+
+
+def test_bits_and_bytes_count_everything() -> None:
+    scales = 2 * 1024 // 32
+    assert TensorKindRecord("mlp", "int4 block 32", 1024, 1024 // 2 + scales).bits == 4.5
+    assert TensorKindRecord("mlp", "int4 block 32", 0, 0).bits == 0
+    files = (FileRecord("a", 700, "sha256:0"), FileRecord("b", 42, "sha256:1"))
+    assert replace(result(), files=files).size_bytes == 742

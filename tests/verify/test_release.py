@@ -155,6 +155,19 @@ def test_lines_that_were_added_removed_or_moved(copy: Path) -> None:
     assert set(named(copy)) == {"SHA256SUMS"}
 
 
+@pytest.mark.parametrize("name", ["README.md", "reports/index.html"])
+def test_a_file_that_went_with_its_line(copy: Path, name: str) -> None:
+    sums = copy / "SHA256SUMS"
+    lines = sums.read_text(encoding="utf-8").splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if name not in line), encoding="utf-8")
+    (copy / name).unlink()
+    lists = ("provenance.intoto.json", "sbom.cdx.json")
+    expected = dict.fromkeys(lists, f"lists {name}, which is not there")
+    if name == "README.md":  # every release has one
+        expected = {name: "is missing"}
+    assert named(copy) == expected
+
+
 @pytest.mark.parametrize("path", ["../escape", "/etc/passwd", "a/../b", "C:/x", "a//b", "./a"])
 def test_a_path_that_leads_out_of_the_folder(copy: Path, path: str) -> None:
     with (copy / "SHA256SUMS").open("a") as sums:
