@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError, StageError
+from phiconv.recipe.model import names_device
 from phiconv.stages.stage import JSON
 from phiconv.workspace import Entry, Session
 from phiconv.workspace.disk import existing_parent, flush_file, flush_folder, rename
@@ -30,6 +31,7 @@ MANIFEST_VERSION = 1
 _JOURNAL = ".phiconv-publish.json"
 _NEW, _OLD = ".phiconv-new", ".phiconv-old"
 _OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_DEVICES_HAVE_NAMES = os.name == "nt"
 _FICLONE = 0x40049409  # linux/fs.h
 
 
@@ -144,9 +146,16 @@ def check_destination(out: Path) -> None:
     """Makes sure that a build's output can be written and nothing in its way is the user's.
 
     Raises:
-        RecipeError: A file is in the way, of a folder or of phiconv's; nothing was touched.
+        RecipeError: A file is in the way, of a folder or of phiconv's, or on Windows the name is a
+            device's; nothing was touched.
         EnvironmentLacksError: The folder cannot be written.
     """
+    if _DEVICES_HAVE_NAMES and any(map(names_device, out.parts)):
+        raise RecipeError(
+            "Windows keeps the name for a device",
+            where=str(out),
+            remedy="choose another folder with --out",
+        )
     parent = existing_parent(out)
     if not parent.is_dir():
         raise RecipeError(

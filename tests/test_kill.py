@@ -127,7 +127,12 @@ def test_a_signal_ends_a_build_with_one_line_and_no_leftovers(
     for line in process.stderr:
         if "int4.onnx" in line:
             break
-    process.send_signal(number)
+    try:
+        process.send_signal(number)
+    except OSError:
+        process.kill()
+        process.communicate()
+        pytest.skip("Ctrl+Break needs a console")
     out, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     kept = "finished stages are kept; 'int4.onnx' begins again in the next build"

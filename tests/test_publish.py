@@ -92,6 +92,16 @@ def test_never_touches_what_is_not_its_own(
     assert files_in(out) == before
 
 
+@pytest.mark.parametrize("name", ["con", "Aux.d/out", "NUL"])
+def test_refuses_a_name_of_a_device_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("phiconv.publish._DEVICES_HAVE_NAMES", True)
+    with pytest.raises(RecipeError, match="for a device"):
+        check_destination(tmp_path / name)
+    check_destination(tmp_path / "context")
+
+
 def test_refuses_an_output_that_is_a_file_or_a_link(session: Session, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError):

@@ -387,6 +387,14 @@ def test_a_workspace_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_drive_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Path("Q:/phiconv" if sys.platform == "win32" else "/phiconv")
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    with pytest.raises(EnvironmentLacksError, match="there is no ") as caught:
+        free_bytes(absent)
+    assert caught.value.where == str(absent)
+
+
 def test_same_device_of_places_that_do_not_exist(tmp_path: Path) -> None:
     assert same_device(tmp_path / "a" / "b", tmp_path / "c")
 

@@ -25,8 +25,13 @@ _WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {
 }
 
 
+def names_device(name: str) -> bool:
+    """Whether the name of a file or folder stands for a device on Windows."""
+    return name.split(".")[0].rstrip().lower() in _WINDOWS_DEVICES
+
+
 def _folder_name(name: str) -> str:
-    if name.split(".")[0].lower() in _WINDOWS_DEVICES:
+    if names_device(name):
         raise ValueError(f"{name!r} cannot name a folder on Windows")
     return name
 

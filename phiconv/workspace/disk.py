@@ -18,12 +18,22 @@ _PATIENCE_SECONDS = 3.0
 
 
 def existing_parent(path: Path) -> Path:
-    """The closest folder of `path` that exists."""
-    path = path.absolute()
+    """The closest folder of `path` that exists.
+
+    Raises:
+        EnvironmentLacksError: There is none: on Windows, no such drive or share.
+    """
+    found = path.absolute()
     # unlike Path.exists, it raises nothing when a folder may not be entered
-    while not os.path.exists(path):  # noqa: PTH110
-        path = path.parent
-    return path
+    while not os.path.exists(found):  # noqa: PTH110
+        if found == found.parent:
+            raise EnvironmentLacksError(
+                f"there is no {found}",
+                where=str(path),
+                remedy="name a drive that is there",
+            )
+        found = found.parent
+    return found
 
 
 def free_bytes(path: Path) -> int:
