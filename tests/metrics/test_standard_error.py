@@ -49,11 +49,14 @@ def sandwich(values: np.ndarray) -> float:
     return float(np.sqrt(clusters / (clusters - 1) * meat / bread**2))
 
 
+@pytest.mark.parametrize("windows", [4, 9])
 @pytest.mark.parametrize(
     ("metric", "field"), [("kl_divergence.mean", "kl_divergence"), ("top1_agreement", "top1_equal")]
 )
-def test_the_error_of_a_mean_is_that_of_its_windows_means(metric: str, field: str) -> None:
-    found = statistics(9)
+def test_the_error_of_a_mean_is_that_of_its_windows_means(
+    metric: str, field: str, windows: int
+) -> None:
+    found = statistics(windows)
     values = getattr(found, field).astype(float)
     error = summarise(found)[ERRORS[metric]]
     assert error == pytest.approx(stats.sem(values.mean(axis=1)), rel=1e-12)
