@@ -12,8 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from phiconv.errors import RecipeError
+from phiconv.units import size_text
 
 DEFAULT = "default"
+MAX_BYTES = 32_000_000
+"""Tokenizing takes up to 200 bytes of memory a byte of text, and a minute for 16 MB."""
 HUB = "hub:"
 _HUB_SPEC = re.compile(r"hub:(?P<repo_id>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})/(?P<file>.+)")
 _HUB_REMEDY = (
@@ -96,7 +99,7 @@ def read_texts(spec: str | Path, *, packaged: Packaged = "validation") -> list[T
         packaged: Which of the packaged sets `default` means.
 
     Raises:
-        RecipeError: The file is missing, is not UTF-8, or holds something else; or there is no
+        RecipeError: The file is missing, too large, is not UTF-8, or holds something else; or there is no
             text in it.
         EnvironmentLacksError: The file cannot be downloaded.
     """
@@ -105,14 +108,7 @@ def read_texts(spec: str | Path, *, packaged: Packaged = "validation") -> list[T
         return _parse_jsonl(file.read_text(encoding="utf-8"), f"{packaged}.jsonl")
     on_hub = hub_file(str(spec))
     path = _download(on_hub) if on_hub else Path(spec)
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"the text file cannot be read: {error}",
-            where=str(spec),
-            remedy=f"name a UTF-8 .jsonl, .json or text file, or {DEFAULT!r}",
-        ) from error
+    content = _content(path, str(spec))
     name = PurePosixPath(on_hub.name) if on_hub else path
     if name.suffix == ".jsonl":
         texts = _parse_jsonl(content, str(spec))
@@ -123,6 +119,25 @@ def read_texts(spec: str | Path, *, packaged: Packaged = "validation") -> list[T
     if not any(text.text for text in texts):
         raise RecipeError("the text file holds no text", where=str(spec))
     return texts
+
+
+def _content(path: Path, where: str) -> str:
+    remedy = f"name a UTF-8 .jsonl, .json or text file, or {DEFAULT!r}"
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise RecipeError(
+                f"the text file has {size_text(size)}, more than {size_text(MAX_BYTES)}",
+                where=where,
+                remedy="take a part of it: all of it is tokenized before windows are chosen",
+            )
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"the text file is not UTF-8 from byte {error.start} on"
+        raise RecipeError(message, where=where, remedy=remedy) from error
+    except OSError as error:
+        message = f"the text file cannot be read: {error.strerror}"
+        raise RecipeError(message, where=where, remedy=remedy) from error
 
 
 def _download(file: HubFile) -> Path:

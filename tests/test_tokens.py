@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, processors
 
 from phiconv.checkpoint import Checkpoint
 from phiconv.errors import CheckpointError, RecipeError
+from phiconv.texts import MAX_BYTES
 from phiconv.tokens import Text, load_token_set, read_texts, text_digest
 from tests.phi3_checkpoints import write_phi3_checkpoint
 
@@ -158,8 +159,15 @@ def test_a_missing_file_and_a_binary_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_texts(tmp_path / "absent.jsonl")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="is not UTF-8 from byte 0 on"):
         read_texts(tmp_path / "binary.txt")
+
+
+def test_a_text_file_that_no_memory_would_hold_tokenized_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(RecipeError, match=r"has 32\.0 MB, more than 32\.0 MB"):
+        read_texts(tmp_path / "large.txt")
 
 
 def test_unicode_line_separators_inside_a_text_do_not_end_a_line(tmp_path: Path) -> None:
