@@ -99,8 +99,8 @@ def read_texts(spec: str | Path, *, packaged: Packaged = "validation") -> list[T
         packaged: Which of the packaged sets `default` means.
 
     Raises:
-        RecipeError: The file is missing, too large, is not UTF-8, or holds something else; or there is no
-            text in it.
+        RecipeError: The file is missing, too large, is not UTF-8, or holds something else; or there
+            is no text in it.
         EnvironmentLacksError: The file cannot be downloaded.
     """
     if str(spec) == DEFAULT:
