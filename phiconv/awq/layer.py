@@ -154,7 +154,7 @@ def _scaling(trial: _Trial, group: FoldingGroup, config: ModelConfig) -> Scaling
     loss = trial.gptq_loss if trial.factor is not None else trial.nearest_loss
     if not trial.settings.scale:
         ones = np.ones(trial.stored.shape[1], np.float32)
-        return Scaling(ones, None, plain := loss(ones), plain)
+        return Scaling(ones, None, loss(ones))
     values = trial.stored.astype(np.float32)
     relative = relative_magnitudes(values, trial.settings.grid.group_size)
     least_gain = _LEAST_GAIN_GPTQ if trial.factor is not None else 0.0

@@ -34,13 +34,11 @@ class Scaling:
         columns: Factor of each column, float32 [K]; ones where no scale lowers the error.
         ratio: The ratio they were made with; None for ones.
         loss: The error they leave.
-        plain_loss: The error that ones leave.
     """
 
     columns: NDArray[np.float32]
     ratio: float | None
     loss: float
-    plain_loss: float
 
 
 def search_scales(
@@ -63,12 +61,12 @@ def search_scales(
     """
     ones = np.ones(len(inputs), np.float32)
     plain = loss(ones)
-    unscaled = Scaling(ones, None, plain, plain)
+    unscaled = Scaling(ones, None, plain)
     best = unscaled
     for ratio, columns in _candidates(group, config, inputs, weights):
         left = loss(columns)
         if left < best.loss:
-            best = Scaling(columns, ratio, left, plain)
+            best = Scaling(columns, ratio, left)
     return best if best.loss <= plain * (1 - least_gain) else unscaled
 
 

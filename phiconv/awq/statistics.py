@@ -21,12 +21,10 @@ class InputStatistics:
 
     Attributes:
         mean_abs: Mean |x| of each input over all tokens, float64 [K].
-        mean_square: Mean x^2 of each input over all tokens, float64 [K].
         gram: Mean of x x^T over the sampled tokens, float32 [K, K], symmetric.
     """
 
     mean_abs: NDArray[np.float64]
-    mean_square: NDArray[np.float64]
     gram: torch.Tensor
 
 
@@ -50,25 +48,22 @@ class StatisticsCollector:
         self._sample = sample
         self._tokens = 0
         self._abs: torch.Tensor | None = None
-        self._square: torch.Tensor | None = None
         self._gram: torch.Tensor | None = None
         self._pending: list[torch.Tensor] = []
 
     def add(self, values: torch.Tensor) -> bool:
-        """Adds inputs, float32 [tokens, K]; returns whether they are finite."""
+        """Adds inputs, float32 [tokens, K]; returns whether their squares are finite."""
         import torch
 
         total = values.abs().sum(dim=0, dtype=torch.float64)
-        square = values.square().sum(dim=0, dtype=torch.float64)
         self._abs = total if self._abs is None else self._abs + total
-        self._square = square if self._square is None else self._square + square
         first, last = np.searchsorted(self._sample, (self._tokens, self._tokens + len(values)))
         chosen = torch.from_numpy(self._sample[first:last] - self._tokens).to(values.device)
         self._pending.append(values[chosen])
         self._tokens += len(values)
         if sum(map(len, self._pending)) >= _FLUSH_TOKENS:
             self._flush()
-        return bool(square.isfinite().all())
+        return bool(values.square().sum(dim=0, dtype=torch.float64).isfinite().all())
 
     def _flush(self) -> None:
         """Adds the products of the pending tokens to the Gram matrix's upper strips."""
@@ -92,7 +87,7 @@ class StatisticsCollector:
             ValueError: Nothing was added.
         """
         self._flush()
-        if self._gram is None or self._abs is None or self._square is None:
+        if self._gram is None or self._abs is None:
             raise ValueError("no inputs were added")
         gram = self._gram.cpu().div_(len(self._sample))
         size = len(gram)
@@ -101,8 +96,4 @@ class StatisticsCollector:
             block = gram[start:stop, start:stop]
             block.copy_(block.triu() + block.triu(1).T)
             gram[stop:, start:stop] = gram[start:stop, stop:].T
-        return InputStatistics(
-            (self._abs / self._tokens).cpu().numpy(),
-            (self._square / self._tokens).cpu().numpy(),
-            gram,
-        )
+        return InputStatistics((self._abs / self._tokens).cpu().numpy(), gram)

@@ -26,7 +26,6 @@ class AddedToken:
         special: Whether it is left out of decoded text.
         lstrip: Whether white space before it belongs to it.
         rstrip: Whether white space after it belongs to it.
-        normalized: Whether it is looked for in normalised text.
     """
 
     id: int
@@ -34,7 +33,6 @@ class AddedToken:
     special: bool
     lstrip: bool
     rstrip: bool
-    normalized: bool
 
 
 @dataclass(frozen=True)
@@ -193,5 +191,4 @@ def _added(item: Mapping[str, Any]) -> AddedToken:
         special=bool(item.get("special")),
         lstrip=bool(item.get("lstrip")),
         rstrip=bool(item.get("rstrip")),
-        normalized=bool(item.get("normalized")),
     )

@@ -24,7 +24,6 @@ def test_statistics_are_means(limit: int, strip: int, monkeypatch: pytest.Monkey
     found = collected(values, limit, batch=16)
     sample = values[sampled_tokens(100, limit)].astype(np.float64)
     assert np.allclose(found.mean_abs, np.abs(values).mean(axis=0), rtol=1e-6)
-    assert np.allclose(found.mean_square, np.square(values).mean(axis=0), rtol=1e-6)
     assert np.allclose(found.gram, sample.T @ sample / len(sample), atol=1e-5)
     assert torch.equal(found.gram, found.gram.T)
 
@@ -46,7 +45,7 @@ def test_threads_do_not_change_the_statistics() -> None:
 
 
 def test_values_that_are_not_finite_are_told() -> None:
-    for bad in (np.nan, np.inf):
+    for bad in (np.nan, np.inf, 1e20):  # whose square is no float32
         values = torch.zeros(4, 8)
         values[2, 3] = bad
         assert not StatisticsCollector(sampled_tokens(4, 4)).add(values)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from phiconv.errors import CheckpointError, ExportError, StageError
 from phiconv.onnx.cast import cast_graph
 from phiconv.onnx.graph import OnnxGraph
 from phiconv.onnx.quantize import Target, quantize_graph
+from phiconv.onnx.weights import Dense
 from tests.onnx.builder_oracle import build_with_builder
 from tests.onnx.models import (
     assert_same_initializers,
@@ -96,6 +99,28 @@ def test_embedding_becomes_a_block_quantized_gather(tmp_path: Path) -> None:
     assert ("com.microsoft", "GatherBlockQuantized") in operators(tmp_path / "int")
     exact, rounded = onnx_logits(tmp_path / "float", IDS), onnx_logits(tmp_path / "int", IDS)
     assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.02
+
+
+def test_weights_that_cannot_be_quantized_are_named(tmp_path: Path) -> None:
+    path = write_phi3_checkpoint(tmp_path / "checkpoint", dtype="bf16")
+    name = "model.layers.0.mlp.down_proj.MatMul.weight"
+
+    graph = lay_out(path, tmp_path)
+    (node,) = (node for node in graph.model.graph if name in [i.name for i in node.inputs if i])
+    graph.model.graph.append(ir.Node("", "MatMul", node.inputs, name="again"))
+    with pytest.raises(ExportError, match=f"{name} is shared by several nodes"):
+        quantize_all(graph, target())
+
+    graph = lay_out(path, tmp_path / "other")
+    expr = graph.weights[name]
+    assert isinstance(expr, Dense)
+    graph.weights[name] = replace(expr, transposed=False)
+    with pytest.raises(ExportError, match=rf"{name} is not stored as \[N, K\]"):
+        quantize_all(graph, target())
+
+    graph = lay_out(path, tmp_path / "another")
+    with pytest.raises(ExportError, match="width 128 is not a multiple of block_size 256"):
+        quantize_graph(graph, lambda weight: target(block_size=256))
 
 
 def test_a_graph_survives_saving_between_stages(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def test_one_file_name_with_two_contents(dist: Outputs, spoil: Callable[..., Pat
     error = refusal(RecipeError, dist[CPU], spoil(FP16, same_place))
     assert f"{place}/model.onnx.data cannot be shipped" in error.message
     assert "cuda-fp16 has another such file" in error.message
+    assert "tokenizer.json" not in error.message, "of which there is one"
 
 
 @pytest.mark.parametrize("path", ["reports/x", "gguf/../x", "/x", "C:/x", "a\\b"])
@@ -202,6 +203,8 @@ def test_what_is_no_output(dist: Outputs, tmp_path: Path) -> None:
     assert "there is no manifest.json" in refusal(RecipeError, tmp_path).message
     page = dist[CPU].parent / "index.html"
     assert "there is nothing to release" in refusal(RecipeError, page).message
+    (tmp_path / "notes.txt").write_text("mine")
+    refusal(RecipeError, dist[CPU], tmp_path / "notes.txt")
 
 
 def test_manifest_and_report_that_contradict_each_other(dist: Outputs, tmp_path: Path) -> None:
