@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,7 +218,10 @@ def _translated_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError, XetDownloadError
 
     try:
-        yield
+        with warnings.catch_warnings():
+            # Windows lets only the privileged make links; the cache does without them.
+            warnings.filterwarnings("ignore", message=".*cache-system uses symlinks")
+            yield
     except HFValidationError as error:
         raise RecipeError(
             f"'{repo_id}' is neither a folder nor a valid Hugging Face id: {error}",

@@ -193,6 +193,16 @@ def test_a_model_is_pinned_to_its_commit(environment, tmp_path, revision):
     assert checkpoint.digest == expected.digest
 
 
+def test_where_nobody_may_make_links_nothing_is_said_of_it(environment, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("A required privilege is not held by the client")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    checkpoint = resolve("org/phi")
+    assert not any((checkpoint.path / name).is_symlink() for name in checkpoint.files)
+    assert checkpoint.digest == Checkpoint(environment.folder).digest
+
+
 def test_a_single_weight_file_goes_before_an_index(environment):
     for shard in SHARDS:
         (environment.folder / shard).unlink()
