@@ -146,6 +146,24 @@ def test_vocabulary(tmp_path: Path) -> None:
     assert "scores has 4 values for 3 tokens" in refused(path)
 
 
+def test_the_embedding_has_a_row_for_each_token(tmp_path: Path) -> None:
+    def fewer(writer: gguf.GGUFWriter) -> None:
+        for key in ("tokens", "scores", "token_type"):
+            writer.kv_data[0][f"tokenizer.ggml.{key}"].value.pop()
+
+    path = write(tmp_path / "x.gguf", fewer)
+    assert "the embedding has 3 rows for 2 tokens" in refused(path)
+
+
+def test_a_tensor_that_stands_twice(tmp_path: Path) -> None:
+    def another(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("token_embd.weighu", np.zeros((3, 32), np.float32))
+
+    path = write(tmp_path / "x.gguf", another)
+    patch(path, b"token_embd.weighu", b"token_embd.weight")
+    assert "tensor token_embd.weight stands twice" in refused(path)
+
+
 def test_random_damage_is_refused_or_read_but_never_anything_else(file: Path) -> None:
     data = file.read_bytes()
     choose = random.Random(5)
