@@ -316,7 +316,7 @@ class StageRecord:
 
     Attributes:
         id: Stage id in the recipe, or the id of an implicit stage.
-        uses: Stage name, a key of `phiconv.stages.STAGES`.
+        uses: Stage name, a key of `phiconv.stages.registry.STAGES`.
         kind: Kind of artifact it made.
         key: Its cache key.
         cached: True when the artifact was already in the workspace.

@@ -201,6 +201,33 @@ def test_values_that_are_no_sums_of_squares(value: float, tmp_path: Path) -> Non
         load_importance(tmp_path / "x.gguf")
 
 
+@pytest.mark.parametrize(
+    ("rows", "counts"), [(1, None), (1, (2, 1)), (2, (1, 1))], ids=["none", "two", "two matrices"]
+)
+def test_a_matrix_has_one_count(rows: int, counts: tuple[int, int] | None, tmp_path: Path) -> None:
+    """Files of llama-imatrix hold several of both for a mixture of experts."""
+    import gguf
+
+    def save(rows: int, counts: tuple[int, int] | None) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", arch="")
+        writer.add_type("imatrix")
+        writer.add_tensor("blk.0.ffn_up.weight.in_sum2", np.ones((rows, 3), np.float32))
+        if counts is not None:
+            writer.add_tensor("blk.0.ffn_up.weight.counts", np.full(counts, 4, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / "x.gguf"
+
+    with pytest.raises(
+        StageError, match=r"blk\.0\.ffn_up\.weight is not one matrix with one count"
+    ):
+        load_importance(save(rows, counts))
+    found = load_importance(save(1, (1, 1)))
+    assert (found.counts, found.datasets) == ({"blk.0.ffn_up.weight": 4}, ())
+
+
 def test_what_is_no_importance_matrix(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "old.dat").write_bytes(b"\x01\x00\x00\x00legacy")
     with pytest.raises(StageError, match="not a GGUF file"):

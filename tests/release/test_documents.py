@@ -14,6 +14,8 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from phiconv.errors import RecipeError
+from phiconv.report.document import read_report_file
+from phiconv.report.results import RunResult
 from phiconv.verify.listing import list_folder
 from tests.release.builds import CPU, GGUF, LICENCE, NOTICE, TINY, release
 
@@ -62,6 +64,16 @@ def test_reports_and_their_index(released: Path) -> None:
         }
 
 
+def fp16_result(released: Path) -> RunResult:
+    recipe = "phi-3-mini-4k-instruct-cuda-fp16"
+    return read_report_file(released / "reports" / recipe / "report.json")
+
+
+def source_digest(released: Path) -> str:
+    """BLAKE3 of the model's weights, as the report has it."""
+    return fp16_result(released).checkpoint.files["model.safetensors"].removeprefix("blake3:")
+
+
 def test_the_bill_of_materials_is_valid_cyclonedx(released: Path) -> None:
     text = (released / "sbom.cdx.json").read_text(encoding="utf-8")
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
@@ -74,13 +86,17 @@ def test_the_bill_of_materials_names_models_files_and_packages(released: Path) -
     assert source["purl"] == "pkg:huggingface/microsoft/Phi-3-mini-4k-instruct"
     assert source["licenses"] == [{"license": {"id": "MIT"}}]
     weights = next(item for item in source["components"] if item["name"] == "model.safetensors")
-    assert weights["hashes"][0]["alg"] == "BLAKE3"
+    assert weights["hashes"] == [{"alg": "BLAKE3", "content": source_digest(released)}]
     artifact = components["artifact/phi-3-mini-4k-instruct-cuda-fp16"]
     metrics = artifact["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     assert [metric["type"] for metric in metrics] == [
         "kl_divergence.mean",
         "top1_agreement",
         "perplexity.ratio",
+    ]
+    measured = fp16_result(released).validations[0].measurement.metrics
+    assert [float(metric["value"]) for metric in metrics] == [
+        measured[metric["type"]] for metric in metrics
     ]
     torch = next(item for item in found["components"] if item["name"] == "torch")
     assert torch["type"] == "library" and torch["licenses"]
@@ -112,7 +128,7 @@ def test_the_statement_is_slsa_provenance(released: Path) -> None:
     assert gguf["recipe"]["stages"][0]["with"]["file_type"] == "Q4_K_M"
     assert gguf["allowed"] == []
     dependencies = {item["name"]: item for item in definition["resolvedDependencies"]}
-    assert len(dependencies["model.safetensors"]["digest"]["blake3"]) == 64
+    assert dependencies["model.safetensors"]["digest"] == {"blake3": source_digest(released)}
     assert len(dependencies["tokens default"]["digest"]["sha256"]) == 64
     assert dependencies["numpy"]["uri"].startswith("pkg:pypi/numpy@")
     assert statement["predicate"]["runDetails"]["builder"]["id"] == "urn:phiconv:local"
