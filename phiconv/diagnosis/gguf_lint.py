@@ -90,7 +90,10 @@ def _architecture(structure: GgufStructure, config: ModelConfig) -> Iterator[Fin
         name = full_name.removeprefix(f"{ARCHITECTURE}.")
         value = found.get(full_name, _default(name, config))
         if not _equal(value, wanted):
-            yield _contradiction(_KEYS[name], name, value, wanted, config)
+            key = _KEYS[name]
+            if name == "context_length" and isinstance(value, int) and value > wanted:
+                key = key._replace(severity="error")  # positions that no training had
+            yield _contradiction(key, name, value, wanted, config)
     for name, (key, neutral) in _NEUTRAL.items():
         value = found.get(f"{ARCHITECTURE}.{name}")
         if value is not None and not any(_equal(value, harmless) for harmless in neutral):
@@ -199,10 +202,12 @@ def _special_tokens(structure: GgufStructure, checkpoint: Checkpoint) -> Iterato
     found = structure.metadata
     ends = {wanted.ids.get("eos"), wanted.ids.get("eot"), *checkpoint.config.eos_token_ids}
     ends -= {None}
-    eos = found.get("tokenizer.ggml.eos_token_id")
+    allowed = " or ".join(str(token) for token in sorted(filter(None, ends)))
+    eos, eot = (found.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
     if ends and eos not in ends:
-        allowed = " or ".join(str(token) for token in sorted(filter(None, ends)))
         yield _token("eos_token_id", eos, allowed)
+    if ends and eot is not None and eot not in ends:
+        yield _token("eot_token_id", eot, allowed)
     bos, wanted_bos = found.get("tokenizer.ggml.bos_token_id"), wanted.ids.get("bos")
     if wanted_bos is not None and bos != wanted_bos:
         yield _token("bos_token_id", bos, str(wanted_bos))

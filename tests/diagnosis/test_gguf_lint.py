@@ -109,6 +109,16 @@ def test_what_is_missing_takes_llama_cpps_default(
             "embedding_length missing, the checkpoint has 256",
         ),
         (
+            {"phi3.context_length": 65536},
+            "model",
+            "context_length 65536, the checkpoint has 2048",
+        ),
+        (
+            {"tokenizer.ggml.eot_token_id": 7},
+            "tokenizer",
+            "tokenizer.ggml.eot_token_id 7, the checkpoint has 3 or 6",
+        ),
+        (
             {"tokenizer.ggml.eos_token_id": 7},
             "tokenizer",
             "tokenizer.ggml.eos_token_id 7, the checkpoint has 3 or 6",
