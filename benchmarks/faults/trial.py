@@ -169,7 +169,7 @@ def _measure(verdict: Verdict, truth: Truth, path: Path, scratch: Path) -> None:
     try:
         said = _validate(verdict, judge_artifact(subject, workspace, display).validations[0])
     except PhiconvError as error:
-        verdict.caught_by, said = ["refused"], [error.message]
+        verdict.caught_by, said = ["refused"], [str(error)]
     verdict.said = said[0] if said else ""
     verdict.named_right = any(_names(line, truth) for line in said)
     if verdict.named_right or not truth.components:
@@ -180,7 +180,7 @@ def _measure(verdict: Verdict, truth: Truth, path: Path, scratch: Path) -> None:
             Subject(path, source, None, params), workspace, display, threads=1
         )
     except PhiconvError as error:
-        verdict.named_right |= _names(error.message, truth)
+        verdict.named_right |= _names(str(error), truth)
         verdict.said = verdict.said or error.message
         return
     verdict.seen, verdict.said = bool(diagnosis.faults), diagnosis.verdict

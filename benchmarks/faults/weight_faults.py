@@ -245,6 +245,8 @@ def scales_transposed(weights: Weights, _: Weights, site: Site) -> Truth | None:
     if found is None or found[1].scales is None:
         return None
     place, scales = found[0], found[1].scales
+    if 1 in scales.shape:
+        return None
     scales[:] = np.ascontiguousarray(scales.T).reshape(scales.shape)
     return at(place, "scales are transposed")
 
