@@ -119,7 +119,7 @@ def run_pass(
             raise EnvironmentLacksError(
                 f"the pass cannot be imported: {error}",
                 where=where,
-                remedy="pip install 'phiconv[olive]' and what the pass needs beyond it",
+                remedy='pip install "phiconv[olive]" and what the pass needs beyond it',
             ) from error
         except StageError:
             raise

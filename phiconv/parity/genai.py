@@ -11,8 +11,18 @@ from phiconv.errors import EnvironmentLacksError, StageError
 from phiconv.parity.golden import Message
 
 
+def _tokenizer(og: Any, folder: str) -> Any:
+    try:
+        return og.Tokenizer(folder)
+    except TypeError:
+        # 0.14, the newest for DirectML, takes it from a model alone: on the CPU, which always is
+        config = og.Config(folder)
+        config.clear_providers()
+        return og.Tokenizer(og.Model(config))
+
+
 class GenAITokenizer:
-    """`onnxruntime_genai.Tokenizer`, which needs the folder's configs but none of its weights.
+    """`onnxruntime_genai.Tokenizer`, which needs none of the folder's weights since 0.18.
 
     Args:
         folder: The artifact: genai_config.json and the tokenizer's files.
@@ -29,10 +39,10 @@ class GenAITokenizer:
         except ImportError as error:
             raise EnvironmentLacksError(
                 f"onnxruntime-genai cannot be imported: {error}",
-                remedy="pip install 'phiconv[cpu]'",
+                remedy='pip install "phiconv[cpu]"',
             ) from error
         try:
-            self._tokenizer: Any = og.Tokenizer(self._where)
+            self._tokenizer = _tokenizer(og, self._where)
         except RuntimeError as error:
             raise self._failure("cannot load the tokenizer", error) from error
 

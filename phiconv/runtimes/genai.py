@@ -198,6 +198,6 @@ def _import_genai() -> Any:
         import onnxruntime_genai
     except ImportError as error:
         raise EnvironmentLacksError(
-            f"onnxruntime-genai cannot be imported: {error}", remedy="pip install 'phiconv[cpu]'"
+            f"onnxruntime-genai cannot be imported: {error}", remedy='pip install "phiconv[cpu]"'
         ) from error
     return onnxruntime_genai

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sys
 from collections import deque
 from ctypes import (
     POINTER,
@@ -31,8 +32,10 @@ from typing import Any, ClassVar
 from phiconv import machine
 from phiconv.errors import EnvironmentLacksError
 
+# On Windows xllamacpp exports none of llama.cpp's functions.
+_BINDING = "llama-cpp-python" if sys.platform == "win32" else "xllamacpp"
 REMEDY = (
-    f"pip install 'xllamacpp=={machine.LLAMA_CPP_BINDINGS['xllamacpp']}', or set when_missing: "
+    f"pip install {_BINDING}=={machine.LLAMA_CPP_BINDINGS[_BINDING]}, or set when_missing: "
     "fallback-cpu to measure the dequantized weights in PyTorch instead"
 )
 

@@ -18,9 +18,9 @@ WhenMissing = Literal["require", "fallback-cpu", "skip"]
 CPU = machine.CPU
 PROVIDERS: dict[Provider, str] = {"cpu": machine.CPU, "cuda": machine.CUDA, "dml": machine.DML}
 INSTALL: dict[Provider, str] = {
-    "cpu": "pip install 'phiconv[cpu]'",
-    "cuda": "on a machine with an NVIDIA GPU and its driver: pip install 'phiconv[cuda]'",
-    "dml": "on Windows with a DirectX 12 GPU: pip install 'phiconv[dml]'",
+    "cpu": 'pip install "phiconv[cpu]"',
+    "cuda": 'on a machine with an NVIDIA GPU and its driver: pip install "phiconv[cuda]"',
+    "dml": 'on Windows with a DirectX 12 GPU: pip install "phiconv[dml]"',
 }
 REMEDIES: dict[Provider, str] = {
     "cpu": INSTALL["cpu"],

@@ -94,7 +94,7 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise EnvironmentLacksError(
-            f"onnxruntime cannot be imported: {error}", remedy="pip install 'phiconv[cpu]'"
+            f"onnxruntime cannot be imported: {error}", remedy='pip install "phiconv[cpu]"'
         ) from error
     return onnxruntime
 
@@ -160,7 +160,7 @@ def _not_started(ort: Any, provider: str, reason: str, where: str) -> Environmen
     if provider == machine.CUDA:
         remedy = (
             f"it wants a driver for CUDA {getattr(ort, 'cuda_version', '') or '13'} and the "
-            "libraries of that CUDA and of cuDNN 9: pip install 'phiconv[cuda]' brings these"
+            'libraries of that CUDA and of cuDNN 9: pip install "phiconv[cuda]" brings these'
         )
     if provider == machine.DML:
         remedy = "it wants a GPU for DirectX 12 with its driver, on Windows 10 or newer"

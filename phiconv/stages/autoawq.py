@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from phiconv.tokens import TokenSet
 
 INSTALL = (
-    "pip install 'phiconv[autoawq]' && pip install --no-deps autoawq==0.2.9 (its dependency triton "
+    'pip install "phiconv[autoawq]" && pip install --no-deps autoawq==0.2.9 (its dependency triton '
     "is large and not needed), or use backend: phiconv"
 )
 REQUIREMENTS = tuple(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from phiconv.checkpoint import ModelConfig
     from phiconv.onnx.olive_pass import ListedPass
 
-_REMEDY = "pip install 'phiconv[olive]'"
+_REMEDY = 'pip install "phiconv[olive]"'
 # Interpreter, torch and Olive; the model is in memory about twice on top.
 _RAM_BYTES = 1200 << 20
 

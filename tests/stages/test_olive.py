@@ -244,13 +244,13 @@ def test_without_olive_the_plan_says_so_and_the_build_ends_with_5(
 
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     (requirement,) = Olive().requires(OliveParams.model_validate({"pass": "GraphSurgeries"}))
-    assert requirement == Requirement("module", "olive", remedy="pip install 'phiconv[olive]'")
+    assert requirement == Requirement("module", "olive", remedy='pip install "phiconv[olive]"')
     assert not is_present(requirement) and not machine.has_module("olive")
     planned = phiconv("plan", str(recipe), "--model", str(TINY))
     assert planned.code == 0 and "olive" in planned.out
     built = phiconv("build", str(recipe), "--model", str(TINY), "--out", str(tmp_path / "out"))
     assert built.code == 5
-    assert "pip install 'phiconv[olive]'" in built.err
+    assert 'pip install "phiconv[olive]"' in built.err
 
 
 @needs_olive
