@@ -27,6 +27,8 @@ _HEADLINE = (
     "perplexity.reference",
     "perplexity.candidate",
 )
+_FEW_FINDINGS = 3
+"""More are in the report only."""
 _COLOURS = {"passed": "green", "failed": "red", "not_run": "yellow", "ungated": "yellow"}
 
 
@@ -132,6 +134,8 @@ def _findings(validation: Validation) -> list[str]:
         head += table(
             [(item.name, CHECK_WORDS[item.state], item.summary) for item in checks], "    "
         )
+        few = [item for item in checks if len(item.findings) <= _FEW_FINDINGS]
+        head += [f"      {item.name}: {finding}" for item in few for finding in item.findings]
     return head if rows or checks else []
 
 

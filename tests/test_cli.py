@@ -98,6 +98,8 @@ def test_a_missing_provider_exits_with_5(built: Path, tmp_path: Path, phiconv: T
     done = phiconv(*build, "check.when_missing=fallback-cpu")
     assert done.code == 0
     assert "passed on CPUExecutionProvider, target DmlExecutionProvider not present" in done.out
+    assert "    graph          notes  0 errors, 1 warning\n" in done.out
+    assert "      graph: warning: attention window of self_attn.attention" in done.out
     done = phiconv(*build, "check.when_missing=skip")
     assert done.code == 5
     assert "not run, target DmlExecutionProvider not present" in done.out
