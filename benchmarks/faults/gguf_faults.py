@@ -25,7 +25,9 @@ def key(name: str, component: str, *choices: Callable[[Any], Any]) -> GgufFault:
         if value[0].item() == before:
             return None
         what = f"{name}: {before:.6g} becomes {value[0].item():.6g}"
-        return Truth(what, (component,) if component else (), words=(name,))
+        return Truth(
+            what, (component,) if component else (), words=(name.removeprefix(f"{_ARCHITECTURE}."),)
+        )
 
     return plant
 

@@ -208,9 +208,10 @@ def _special_tokens(structure: GgufStructure, checkpoint: Checkpoint) -> Iterato
         yield _token("eos_token_id", eos, allowed)
     if ends and eot is not None and eot not in ends:
         yield _token("eot_token_id", eot, allowed)
-    bos, wanted_bos = found.get("tokenizer.ggml.bos_token_id"), wanted.ids.get("bos")
-    if wanted_bos is not None and bos != wanted_bos:
-        yield _token("bos_token_id", bos, str(wanted_bos))
+    for kind, name in (("bos", "bos_token_id"), ("pad", "padding_token_id")):
+        token, value = wanted.ids.get(kind), found.get(f"tokenizer.ggml.{name}")
+        if token is not None and value != token:
+            yield _token(name, value, str(token))
     for key, flag in (("add_bos_token", wanted.add_bos), ("add_eos_token", wanted.add_eos)):
         value = found.get(f"tokenizer.ggml.{key}", flag)
         if value != flag:

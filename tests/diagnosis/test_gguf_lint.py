@@ -114,6 +114,11 @@ def test_what_is_missing_takes_llama_cpps_default(
             "context_length 65536, the checkpoint has 2048",
         ),
         (
+            {"tokenizer.ggml.padding_token_id": 7},
+            "tokenizer",
+            "tokenizer.ggml.padding_token_id 7, the checkpoint has 3",
+        ),
+        (
             {"tokenizer.ggml.eot_token_id": 7},
             "tokenizer",
             "tokenizer.ggml.eot_token_id 7, the checkpoint has 3 or 6",
