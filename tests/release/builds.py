@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from phiconv import machine
 from phiconv.batch import build_all, load_recipes
 from phiconv.progress import QuietDisplay
 from phiconv.recipe import Overrides
@@ -60,7 +61,9 @@ def build(
 
 
 def release(places: list[Path], to: Path, home: Path, **options: Any) -> Path:
-    """Releases outputs; gives the folder."""
+    """Releases outputs; gives the folder. GGUF files may lack llama.cpp, as on Windows."""
+    if machine.llama_cpp_binding() is None:
+        options["allow"] = (*options.get("allow", ()), "not-run:llama.cpp")
     plan = plan_release(places, ReleaseOptions(**options))
     assemble(plan, to, Workspace(home), threads=2)
     return to
