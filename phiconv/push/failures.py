@@ -49,6 +49,7 @@ def translated_failures(repo_id: str) -> Iterator[None]:
 
 
 def _translated(error: Exception, repo_id: str) -> PhiconvError:
+    import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -76,6 +77,9 @@ def _translated(error: Exception, repo_id: str) -> PhiconvError:
             remedy="this is a defect of phiconv; please report it",
         )
     reason = _first_line(error.__cause__ or error)
+    if isinstance(error, httpx2.ConnectError):
+        message = f"{constants.ENDPOINT} cannot be reached: {reason}"
+        return _lacks(message, repo_id, "check the network and HF_ENDPOINT; then " + _AGAIN)
     return _lacks(f"the upload to {constants.ENDPOINT} broke off: {reason}", repo_id, _AGAIN)
 
 

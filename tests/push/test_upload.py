@@ -12,6 +12,7 @@ import pytest
 
 from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError, StageError
 from phiconv.push import Pushed, PushPlan, Target, plan_push, push
+from phiconv.push.failures import translated_failures
 from phiconv.verify.sums import SUMS, render_sums
 from tests.push.hub_stub import READ, WRITE, HubStub, Repository, commit_id, serve
 
@@ -229,6 +230,15 @@ def test_a_dry_run_of_a_public_repository_needs_no_token(
     monkeypatch.setenv("HF_TOKEN", "")
     assert plan_push(release, Target(REPO)).remote.state == "there"
     assert not hub.asked("^(POST|PUT)")
+
+
+def test_a_hub_that_cannot_be_reached_is_told() -> None:
+    import httpx2
+
+    with pytest.raises(EnvironmentLacksError) as caught, translated_failures(REPO):
+        raise httpx2.ConnectError("[Errno -2] Name or service not known")
+    assert "cannot be reached: [Errno -2] Name or service not known" in caught.value.message
+    assert caught.value.remedy is not None and "HF_ENDPOINT" in caught.value.remedy
 
 
 def test_offline_nothing_is_asked(
