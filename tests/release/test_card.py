@@ -19,6 +19,7 @@ from phiconv.release.card import card_markdown, front_matter
 from phiconv.release.licence import card_licence, cyclonedx_licences
 from phiconv.release.provenance import statement_json
 from phiconv.report.results import Check, KnownLimit, RunResult
+from phiconv.units import size_text
 from tests.release.builds import CPU, FP16, GGUF, copied, edit_result
 
 
@@ -70,6 +71,18 @@ def test_the_table_shows_what_was_measured(card: str, plan: ReleasePlan) -> None
         assert f" ± {metrics['kl_divergence.standard_error']:.2g} |" in row
         assert f" ± {metrics['perplexity.ratio_standard_error']:.2g} |" in row
         assert f"{item.reports}/report.md" in row
+        _, _, size, bits, where, _, divergence, _, ratio, _ = re.split(r" ?(?<!\\)\| ?", row)
+        assert float(divergence.split()[0]) == pytest.approx(
+            metrics["kl_divergence.mean"], rel=5e-3
+        )
+        assert float(ratio.split()[0]) == pytest.approx(metrics["perplexity.ratio"], rel=5e-3)
+        assert where == validation.measurement.provenance.provider
+        weights = [kind for kind in item.output.result.tensor_kinds if kind.kind != "rotary"]
+        stored, parameters = (
+            sum(getattr(kind, name) for kind in weights) for name in ("size_bytes", "parameters")
+        )
+        assert float(bits) == pytest.approx(8 * stored / parameters, abs=0.005)
+        assert size == size_text(sum(count for _, count in item.output.files.values()))
 
 
 def test_what_was_not_run_stands_at_the_head_and_among_the_limits(card: str) -> None:
