@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from phiconv.units import amount_text, seconds_text, size_text
 if TYPE_CHECKING:
     from phiconv.report.results import StageRecord
 
+PLAIN_TERMINALS = ("dumb", "unknown")
+"""What TERM says where nothing can be redrawn or coloured, such as in an editor's shell."""
 _PLAIN_SECONDS = 5.0
 _PLAIN_SHARE = 0.1
 """Of the time a step has taken so far: a log of hours has dozens of lines, not thousands."""
@@ -55,11 +58,13 @@ def make_display(stream: TextIO | None, *, quiet: bool, terminal: bool | None = 
     Args:
         stream: Where it writes; None is what Python has for a closed stderr.
         quiet: Show nothing.
-        terminal: Whether the stream is a terminal; asked of it by default.
+        terminal: Whether the stream is a terminal that can redraw a line; found out by default.
     """
     if quiet or stream is None:
         return QuietDisplay()
-    if terminal if terminal is not None else stream.isatty():
+    if terminal is None:
+        terminal = stream.isatty() and os.environ.get("TERM") not in PLAIN_TERMINALS
+    if terminal:
         return RichDisplay(stream)
     return PlainDisplay(stream)
 

@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from phiconv.cli.outcomes import coloured
 from phiconv.kernels import compiling
 from phiconv.progress import (
     PlainDisplay,
@@ -95,6 +96,24 @@ def test_the_display_suits_the_stream() -> None:
     quiet.note("x")
     quiet.close()
     assert stream.getvalue() == ""
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_display(Screen(), quiet=False), PlainDisplay)
+    assert coloured("passed", "green") == "passed"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert isinstance(make_display(Screen(), quiet=False), RichDisplay)
+    assert coloured("passed", "green") == "\x1b[32mpassed\x1b[0m"
+    assert coloured("passed", None) == "passed"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert coloured("passed", "green") == "passed"
 
 
 def test_a_long_step_says_ever_more_seldom_how_far_it_is() -> None:

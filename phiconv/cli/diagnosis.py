@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +57,10 @@ def diagnose(
 
 
 def _print(found: Diagnosis, quiet: bool) -> None:
+    from phiconv.cli.outcomes import coloured
     from phiconv.diagnosis.tables import tables
 
-    plain = bool(os.environ.get("NO_COLOR"))
-    colour = None if plain else "red" if found.faults else "green"
-    click.echo(click.style(found.verdict, fg=colour, reset=not plain))
+    click.echo(coloured(found.verdict, "red" if found.faults else "green"))
     if quiet:
         return
     click.echo(f"  {found.artifact} against {found.checkpoint}")

@@ -14,10 +14,17 @@ if TYPE_CHECKING:
 
 def print_lines(lines: Iterable[tuple[str, str | None]], quiet: bool = False) -> None:
     """Lines on stdout, in their colours on a terminal; `quiet` leaves out those without one."""
-    plain = bool(os.environ.get("NO_COLOR"))
     for text, colour in lines:
         if colour or not quiet:
-            click.echo(click.style(text, fg=None if plain else colour, reset=not plain))
+            click.echo(coloured(text, colour))
+
+
+def coloured(text: str, colour: str | None) -> str:
+    """Text in a colour, but where NO_COLOR is set or the terminal has none."""
+    from phiconv.progress import PLAIN_TERMINALS
+
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in PLAIN_TERMINALS
+    return text if plain or not colour else click.style(text, fg=colour)
 
 
 def print_outcomes(outcomes: Sequence[Outcome], quiet: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,9 +160,9 @@ def verify(path: Path, ignore_missing: bool, threads: int | None, as_json: bool)
 
 def _print_verification(found: Verification) -> None:
     from phiconv.cli.annotations import annotate_failures
+    from phiconv.cli.outcomes import coloured
     from phiconv.units import size_text
 
-    plain = bool(os.environ.get("NO_COLOR"))
     annotate_failures(f"damaged: {found.path}", map(str, found.problems))
     for problem in found.problems:
         click.echo(f"damaged: {problem}\n  remedy: {problem.remedy}", err=True)
@@ -172,6 +171,5 @@ def _print_verification(found: Verification) -> None:
     size = f"{found.files} file{'' if found.files == 1 else 's'}, {size_text(found.size_bytes)}"
     count = len(found.problems)
     verdict = f"{count} problem{'' if count == 1 else 's'}" if count else "whole"
-    colour = None if plain else "red" if count else "green"
     text = f"{found.path}: {found.kind} of {size}: {verdict}"
-    click.echo(click.style(text, fg=colour, reset=not plain))
+    click.echo(coloured(text, "red" if count else "green"))
