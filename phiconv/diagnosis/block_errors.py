@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 1 << 18
 # Blocks in which a weight that is not quantized is looked at.
 _FLOAT_BLOCK = 32
-# A block is bad when its error is this many times what plain rounding has, and this many times what
-# all but a hundredth of the weight's own blocks have: GPTQ's errors are greater and less alike. On
-# tiny-phi3 the worst sound blocks have 7 and 3 times that; a halved scale has 31 and 14.
-_BEYOND_FORMAT, _BEYOND_OTHERS = 12.0, 6.0
-_OTHERS = 0.99
-# But never when less than this share of its energy is error, and always when more than that is.
+# A block is bad when its error is this many times what plain rounding has, and this many times that
+# of the worst blocks of other rows: GPTQ's errors are greater, and less alike. On tiny-phi3, with
+# outlier channels and without, the worst sound blocks have up to 127 and 3 times that; one whose
+# scale is halved has 31 and 8.
+_BEYOND_FORMAT, _BEYOND_OTHERS = 12.0, 5.0
+# The worst blocks of this many rows are not among the others: they may be the bad ones.
+_SET_ASIDE = 2
+# But never when less than this share of its energy is error; and where nothing is known of the
+# format, when more than that is.
 _LEAST_BAD, _SURELY_BAD = 1e-4, 0.5
+# Rounding that minds some columns a thousand times as much as others may leave any error in single
+# blocks, but none as great as twice their energy.
+_IMPOSSIBLE = 2.0
 # Nor is it when its error is a trifle beside the mean block.
 _TRIFLE = 0.02
 _SAMPLE_ROWS = 128
@@ -141,7 +147,7 @@ def measure(
     checkpoint: Checkpoint,
     scales: Scales | None = None,
     *,
-    expected_db: float = 0.0,
+    expected_db: float | None = None,
     undone: bool = False,
 ) -> BlockErrors:
     """Compares a stored part with the checkpoint's rows.
@@ -192,7 +198,7 @@ def _bad_ratio(
     weight: StoredWeight,
     checkpoint: Checkpoint,
     scales: Scales | None,
-    expected_db: float,
+    expected_db: float | None,
 ) -> float:
     """Beyond which share of its energy the error of a block is neither its format's nor its kind's.
 
@@ -200,19 +206,22 @@ def _bad_ratio(
     """
     import numpy as np
 
-    by_format = _BEYOND_FORMAT * 10 ** (-expected_db / 10)
-    if by_format >= _SURELY_BAD or len(weight.shape) == 1:
-        return min(_SURELY_BAD, max(_LEAST_BAD, by_format))
+    if expected_db is None:
+        return _SURELY_BAD
+    by_format = max(_LEAST_BAD, _BEYOND_FORMAT * 10 ** (-expected_db / 10))
+    if weight.format.weighted:
+        return max(_IMPOSSIBLE, by_format)
+    if len(weight.shape) == 1:
+        return min(_SURELY_BAD, by_format)
     block_size = weight.format.block_size or _FLOAT_BLOCK
-    ratios = []
+    worst = []
     for row in _sampled(len(part)):
         expected, found = _both(part, weight, checkpoint, scales, (row, row + 1))
         signal = _block_sums(expected, block_size)
         error = _block_sums(np.nan_to_num(found - expected), block_size)
-        ratios.append(error[signal > 0] / signal[signal > 0])
-    seen = np.concatenate(ratios)
-    usual = float(np.quantile(seen, _OTHERS)) if seen.size else 0.0
-    return min(_SURELY_BAD, max(_LEAST_BAD, by_format, _BEYOND_OTHERS * usual))
+        worst.append(float((error[signal > 0] / signal[signal > 0]).max(initial=0.0)))
+    others = sorted(worst)[:-_SET_ASIDE] or [0.0]
+    return max(by_format, _BEYOND_OTHERS * others[-1])
 
 
 def _sampled(rows: int) -> range:

@@ -38,9 +38,15 @@ _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"
 
 @dataclass(frozen=True, eq=False)
 class GgmlWeight:
-    """A tensor of a GGUF file; see `phiconv.diagnosis.weight_format.StoredWeight`."""
+    """A tensor of a GGUF file; see `phiconv.diagnosis.weight_format.StoredWeight`.
+
+    Attributes:
+        tensor: The tensor.
+        weighted: Whether the file's weights were rounded with an importance matrix.
+    """
 
     tensor: GgufTensor
+    weighted: bool = False
 
     @property
     def name(self) -> str:
@@ -61,7 +67,8 @@ class GgmlWeight:
         block, nbytes = GGML_QUANT_SIZES[self.tensor.type]
         if block == 1:
             return Format(8 * nbytes, name.lower())
-        return Format(8 * nbytes / block, name, 16 if name in _SMALL_BLOCKS else 32)
+        size = 16 if name in _SMALL_BLOCKS else 32
+        return Format(8 * nbytes / block, name, size, weighted=self.weighted)
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows `[start, stop)` as float32."""
@@ -77,7 +84,7 @@ def gguf_weight(tensors: GgufTensors, name: str) -> GgmlWeight:
     if name not in tensors:
         raise StageError(f"the file has no tensor {name}")
     tensors[name].rows(0, 1)  # its type may be one that gguf does not read
-    return GgmlWeight(tensors[name])
+    return GgmlWeight(tensors[name], tensors.weighted)
 
 
 def map_gguf_weights(tensors: GgufTensors, checkpoint: Checkpoint) -> list[WeightPart]:

@@ -24,6 +24,7 @@ class Format:
         block_size: Weights that share a scale; 0 for floats.
         symmetric: Whether there are no zero points.
         scale_dtype: Float type of the scales; empty for floats and ggml's types.
+        weighted: Whether it was rounded with an importance matrix, as its file says.
     """
 
     bits: float
@@ -31,6 +32,7 @@ class Format:
     block_size: int = 0
     symmetric: bool = True
     scale_dtype: str = ""
+    weighted: bool = False
 
     def __str__(self) -> str:
         if self.dtype != "int":

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from phiconv.errors import StageError
 
+_IMPORTANCE = "quantize.imatrix."
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -59,6 +61,9 @@ class GgufTensors(Mapping[str, GgufTensor]):
 
     Raises:
         StageError: It is no GGUF file.
+
+    Attributes:
+        weighted: Whether they were rounded with an importance matrix.
     """
 
     def __init__(self, file: Path):
@@ -69,6 +74,7 @@ class GgufTensors(Mapping[str, GgufTensor]):
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise StageError(f"not a GGUF file: {error}", where=str(file)) from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.weighted = any(key.startswith(_IMPORTANCE) for key in reader.fields)
 
     def __getitem__(self, name: str) -> GgufTensor:
         tensor = self._tensors[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -11,10 +12,11 @@ import pytest
 from phiconv import machine
 from phiconv.checkpoint import Checkpoint
 from phiconv.diagnosis import Diagnosis
-from phiconv.diagnosis.diagnose_gguf import diagnose_gguf
+from phiconv.diagnosis.diagnose_gguf import diagnose_gguf, gguf_weights
 from phiconv.diagnosis.verdict import failed_gates
 from phiconv.errors import StageError
 from phiconv.runtimes.providers import DEQUANTIZED, ProviderChoice
+from phiconv.stages.checks import check_weights
 from phiconv.stages.stage import SilentProgress
 from phiconv.tokens import load_token_set
 from tests.diagnosis.conftest import TINY
@@ -99,6 +101,26 @@ def test_one_corrupt_block(q4: Path, tmp_path: Path) -> None:
     assert faults(found)[0] == (WEIGHTS, "mlp.down_proj", (1,))
     assert "in row 17, columns" in found.faults[0].message
     assert "the error enters at stage 'quantized weights', layer 1, mlp.down_proj" in found.verdict
+
+
+@pytest.mark.parametrize(("planted", "state"), [(0, "clean"), (0x7000, "errors")])
+def test_an_importance_matrix_may_give_single_blocks_away(
+    q4: Path, tmp_path: Path, planted: int, state: str
+) -> None:
+    """A block that is lost may be what the matrix wanted; one that is huge may not."""
+    packed = data(q4, "blk.1.ffn_down.weight")
+    packed[17, :4] = [planted & 0xFF, planted >> 8] * 2  # the super-block's two scales
+    tensors = {"blk.1.ffn_down.weight": packed}
+    for metadata, expected in (({}, "errors"), ({"quantize.imatrix.entries_count": 16}, state)):
+        file = rewrite(q4, tmp_path / f"{expected}.gguf", metadata=metadata, tensors=tensors)
+        checkpoint = Checkpoint(TINY)
+        found = check_weights(
+            partial(gguf_weights, file, checkpoint),
+            checkpoint,
+            threads=1,
+            progress=SilentProgress(),
+        )
+        assert [check.state for check in found.checks] == [expected]
 
 
 @needs_llama_cpp

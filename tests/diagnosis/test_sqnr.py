@@ -294,6 +294,17 @@ def test_one_huge_block_is_not_explained_by_channel_scales(
     assert error.detail.startswith("2 of 1024 blocks are wrong, the worst in row 17, columns ")
 
 
+def test_errors_that_are_unlike_each_other_are_no_corruption(checkpoint: Checkpoint) -> None:
+    """As GPTQ leaves them where some channels are far greater than others."""
+    rows = rows_of(checkpoint, UP_PROJ)
+    spread = np.exp(RNG.standard_normal((256, 4, 1)))
+    noise = RNG.standard_normal((256, 4, 32)) * spread * 0.15 * rows.std()
+    changed = (rows + noise.reshape(rows.shape)).astype(np.float32)
+    (error,) = errors(checkpoint, part(UP_PROJ, quantized(changed, 4, 32, True)))
+    assert error.status in ("ok", "low")
+    assert error.sqnr_db is not None and error.sqnr_db < 15
+
+
 def test_an_unreadable_weight_is_said_to_be(checkpoint: Checkpoint) -> None:
     def load() -> StoredWeight:
         raise StageError("a MatMulNBits of 3 bits is not read here")
