@@ -13,12 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from phiconv import machine
 from phiconv.errors import EnvironmentLacksError, PhiconvError, RecipeError
-from phiconv.stages.generation import PROMPT_TOKENS, generation_metrics
+from phiconv.stages.generation import PROMPT_TOKENS
 from phiconv.stages.reference import Reference, TokenSetParams, check_tokens
 from phiconv.stages.stage import (
     GGUF,
     JSON,
-    LENGTH_REFERENCE,
     MEASUREMENT,
     ONNX,
     REFERENCE,
@@ -34,11 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phiconv.checkpoint import ModelConfig
-    from phiconv.metrics import PositionStatistics
-    from phiconv.report.results import KnownLimit, LengthProbe, Measurement
-    from phiconv.runtimes import Runtime
+    from phiconv.report.results import Measurement
     from phiconv.runtimes.providers import ProviderChoice
-    from phiconv.runtimes.reference import LanguageModelHead
     from phiconv.runtimes.stored_reference import StoredReference
     from phiconv.stages.checks import Checked
 
@@ -242,6 +238,7 @@ class Validate:
         from phiconv.report.results import Measurement, Provenance
         from phiconv.runtimes.stored_reference import load_reference
         from phiconv.stages.known_limits import known_limits
+        from phiconv.stages.logits import measure
 
         choice = _choose(params)
         reference = load_reference(ctx.input(REFERENCE).path)
@@ -254,7 +251,8 @@ class Validate:
             measurement = Measurement("not_run", reference.tokens, nowhere)
         else:
             with static.explaining_failures():
-                measurement = _measure(params, choice, reference, limits, ctx)
+                artifact = _artifact(params, ctx)
+                measurement = measure(artifact, params, choice, reference, limits, ctx)
                 measurement = _with_layers(measurement, params, reference, ctx)
         measurement = replace(_with_checks(measurement, static, params, ctx), known_limits=limits)
         text = measurement_json(measurement)
@@ -350,73 +348,3 @@ def _with_layers(
         threads=ctx.threads,
     )
     return replace(measurement, layers=layers, layers_note=note)
-
-
-def _measure(
-    params: ValidateParams,
-    choice: ProviderChoice,
-    reference: StoredReference,
-    limits: Sequence[KnownLimit],
-    ctx: StageContext,
-) -> Measurement:
-    """Runs the artifact and compares it; writes the per-position values to `ctx.out`."""
-    from phiconv.metrics import compare_windows, summarise
-    from phiconv.report.distribution import kl_by_position, kl_histogram
-    from phiconv.report.positions import POSITIONS
-    from phiconv.report.results import Measurement
-    from phiconv.runtimes import RUNTIMES, ArtifactFolder, GeneratingRuntime
-    from phiconv.runtimes.reference import LanguageModelHead
-
-    folder = ArtifactFolder(_artifact(params, ctx), ctx.checkpoint.config.head_dim, ctx.checkpoint)
-    head = LanguageModelHead(ctx.checkpoint, device=params.reference_device, threads=ctx.threads)
-    runtime = RUNTIMES[params.runtime](folder, choice, ctx.threads)
-    positions = compare_windows(
-        reference.windows,
-        runtime.logits(reference.windows),
-        lambda window, start, stop: head.logits(reference.hidden[window, start:stop]),
-        ctx.progress.advance,
-    )
-    metrics: dict[str, float | None] = {**summarise(positions)}
-    if isinstance(runtime, GeneratingRuntime):
-        metrics |= generation_metrics(runtime, params, reference.windows, head, ctx)
-    _save_positions(ctx.out / POSITIONS, positions)
-    return Measurement(
-        status="measured",
-        tokens=reference.tokens,
-        provenance=runtime.provenance(),
-        metrics=metrics,
-        kl_histogram=kl_histogram(positions.kl_divergence),
-        kl_by_position=kl_by_position(positions.kl_divergence),
-        length_probes=_probed(runtime, params, head, limits, ctx),
-    )
-
-
-def _probed(
-    runtime: Runtime,
-    params: ValidateParams,
-    head: LanguageModelHead,
-    limits: Sequence[KnownLimit],
-    ctx: StageContext,
-) -> tuple[LengthProbe, ...]:
-    """The length probes, where they are asked for."""
-    from phiconv.runtimes import length_reference
-    from phiconv.stages import length_probes
-
-    if not params.length_probes:
-        return ()
-    ctx.progress.advance(0, "length probes")
-    references = length_reference.load(ctx.input(LENGTH_REFERENCE).path)
-    return length_probes.measure(runtime, references, head, limits)
-
-
-def _save_positions(file: Path, positions: PositionStatistics) -> None:
-    """Per-position values [n, T], which a report takes over (phiconv/report/positions.py)."""
-    import numpy as np
-
-    np.savez(
-        file,
-        kl_divergence=positions.kl_divergence.astype(np.float32),
-        top1_equal=positions.top1_equal,
-        reference_log_probability=positions.reference_log_probability,
-        candidate_log_probability=positions.candidate_log_probability,
-    )
