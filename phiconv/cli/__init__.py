@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from phiconv import __version__
 from phiconv.cli.artifact import inspect
-from phiconv.cli.boundary import Settings, boundary, spell_out_on_stdout
+from phiconv.cli.boundary import Settings, boundary, reader_watched, spell_out_on_stdout
 from phiconv.cli.diagnosis import diagnose
 from phiconv.cli.environment import doctor, schema
 from phiconv.cli.options import verbose_option
@@ -51,7 +52,21 @@ Exit codes:
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
+class _CommandLine(click.Group):
+    """Tells of a reader that left, where click would exit with 1 as after a failure."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with reader_watched():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with reader_watched():
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=_CommandLine, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES
+)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @verbose_option
 def cli() -> None:
@@ -67,12 +82,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings()
     spell_out_on_stdout()
     with boundary(settings):
-        try:
-            code = cli.main(
-                args=arguments, prog_name="phiconv", standalone_mode=False, obj=settings
-            )
-        except SystemExit as ended:
-            if isinstance(ended.__context__, BrokenPipeError):
-                raise ended.__context__ from None  # click would say 1, as for a failure
-            raise
+        code = cli.main(args=arguments, prog_name="phiconv", standalone_mode=False, obj=settings)
         sys.exit(code if isinstance(code, int) else 0)

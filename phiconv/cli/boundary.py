@@ -58,6 +58,19 @@ def spell_out_on_stdout() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+class ReaderLeftError(BaseException):
+    """Nobody reads our output any more; not an `Exception`, so that only clean-up code sees it."""
+
+
+@contextmanager
+def reader_watched() -> Iterator[None]:
+    """Raises `ReaderLeftError` where a pipe broke, before anything else makes something of that."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderLeftError from error
+
+
 @contextmanager
 def boundary(settings: Settings) -> Iterator[None]:
     """Turns whatever ends a command into a message on stderr and an exit code."""
@@ -89,7 +102,7 @@ def boundary(settings: Settings) -> Iterator[None]:
         except TerminatedError as stop:
             _say_stopped("terminated", stop)
             sys.exit(TERMINATED_CODE)
-        except BrokenPipeError:
+        except (BrokenPipeError, ReaderLeftError):
             # The reader of our output left; say nothing more, also not when Python flushes at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in (sys.stdout, sys.stderr):

@@ -232,9 +232,11 @@ def test_a_dry_run_of_a_public_repository_needs_no_token(
     assert not hub.asked("^(POST|PUT)")
 
 
-def test_a_hub_that_cannot_be_reached_is_told() -> None:
+def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx2
+    from huggingface_hub import constants
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(EnvironmentLacksError) as caught, translated_failures(REPO):
         raise httpx2.ConnectError("[Errno -2] Name or service not known")
     assert "cannot be reached: [Errno -2] Name or service not known" in caught.value.message
