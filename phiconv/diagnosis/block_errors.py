@@ -32,9 +32,9 @@ _SET_ASIDE = 2
 # But never when less than this share of its energy is error; and where nothing is known of the
 # format, when more than that is.
 _LEAST_BAD, _SURELY_BAD = 1e-4, 0.5
-# Rounding that minds some columns a thousand times as much as others may leave any error in single
-# blocks, but none as great as twice their energy.
-_IMPOSSIBLE = 2.0
+# Rounding that minds some columns a thousand times as much as others may give single blocks away,
+# but hardly makes their error greater than their energy.
+_IMPOSSIBLE = 1.25
 # Nor is it when its error is a trifle beside the mean block.
 _TRIFLE = 0.02
 _SAMPLE_ROWS = 128
@@ -221,7 +221,7 @@ def _bad_ratio(
         error = _block_sums(np.nan_to_num(found - expected), block_size)
         worst.append(float((error[signal > 0] / signal[signal > 0]).max(initial=0.0)))
     others = sorted(worst)[:-_SET_ASIDE] or [0.0]
-    return max(by_format, _BEYOND_OTHERS * others[-1])
+    return min(max(by_format, _BEYOND_OTHERS * others[-1]), max(_IMPOSSIBLE, by_format))
 
 
 def _sampled(rows: int) -> range:

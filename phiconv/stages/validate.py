@@ -119,7 +119,7 @@ class Validate:
     """Measures the artifact; makes measurement.json and the per-position values."""
 
     name: ClassVar[str] = "validate"
-    version: ClassVar[int] = 13
+    version: ClassVar[int] = 14
     params: ClassVar[type[ValidateParams]] = ValidateParams
     accepts: ClassVar[tuple[str, ...]] = (ONNX, GGUF)
     produces: ClassVar[str] = MEASUREMENT
