@@ -18,7 +18,9 @@ from phiconv.stages.checks import Checked, check_placement, check_weights
 from phiconv.stages.stage import SilentProgress
 from tests.diagnosis.conftest import TINY, export
 from tests.diagnosis.planting import change, planted
+from tests.outlier_checkpoints import inject_outliers
 from tests.phi3_checkpoints import write_phi3_checkpoint
+from tests.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -187,3 +189,45 @@ class TestWeights:
         (check,) = self.weights(planted(int4, tmp_path / "x", unnamed)).checks
         assert check.state == "not_checked"
         assert check.summary == "cannot be read: the model has no output 'logits'"
+
+
+GPTQ = """
+  - {id: onnx, uses: export-onnx, with: {provider: cpu}}
+  - id: awq
+    uses: awq
+    with: {scale: false, group_size: 32, symmetric: false, search: mse, calibration: {windows: 8}}
+  - id: int4
+    uses: quantize
+    from: [onnx, awq]
+    with: {block_size: 32, symmetric: false, search: mse}
+"""
+IMPORTANCE = """
+  - {id: gguf, uses: convert-gguf, with: {file_type: %s, importance: {windows: 8}}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stages", "runtime"),
+    [
+        (GPTQ, "onnxruntime"),
+        (IMPORTANCE % "Q4_K_M", "llama.cpp"),
+        (IMPORTANCE % "Q6_K", "llama.cpp"),
+    ],
+    ids=["GPTQ", "Q4_K_M", "Q6_K"],
+)
+def test_rounding_with_an_eye_to_the_output_is_no_fault(
+    stages: str, runtime: str, phiconv: Terminal, tmp_path: Path
+) -> None:
+    """Outlier channels make single blocks give way: the most that such rounding does."""
+    inject_outliers(TINY, tmp_path / "outliers")
+    check = f"runtime: {runtime}, windows: 2, window_length: 64, generate_tokens: 4"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"schema: 1\nname: x\nmodel: {{source: {(tmp_path / 'outliers').as_posix()}}}\n"
+        f"stages:{stages}  - {{id: check, uses: validate, with: {{{check}}}}}\n",
+        encoding="utf-8",
+    )
+    done = phiconv("build", str(recipe), "--out", str(tmp_path / "out"))
+    assert done.code == 0, done.out + done.err
+    assert "39 weights compared with the checkpoint's" in done.out
